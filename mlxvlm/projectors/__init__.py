@@ -1,0 +1,1 @@
+"""Projectors: encoder tokens in, language-model embeddings out. A projector a file."""

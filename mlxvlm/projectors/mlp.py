@@ -1,0 +1,28 @@
+"""LLaVA's projector: Linear, GELU, Linear."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import ProjectorConfig
+from ..vision.blocks import activation
+from .pool import Pool
+
+
+class MLPProjector(nn.Module):
+    """[N, T, Dv] -> [N, T', Dl], each token by itself.
+
+    The hidden width is `hidden_size`; 0 means the language model's, as LLaVA has it.
+    """
+
+    def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
+        super().__init__()
+        self.pool = Pool(config.pool, grid)
+        width = config.hidden_size or language_width
+        self.act = activation(config.hidden_act)
+        self.linear_1 = nn.Linear(vision_width * self.pool.factor, width, bias=config.bias)
+        self.linear_2 = nn.Linear(width, language_width, bias=config.bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_2(self.act(self.linear_1(self.pool(x))))

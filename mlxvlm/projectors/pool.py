@@ -1,0 +1,34 @@
+"""The pooling step in front of every projector."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..errors import ConfigError
+from ..vision.pooling import concat, mean2
+
+
+class Pool:
+    """[N, T, D] -> [N, T', D * factor], as `projector.pool` says, for a square grid of tokens.
+
+    With "mean2" an input of already pooled tokens is taken as it is: a cache may hold those.
+    """
+
+    def __init__(self, pool: str, grid: int):
+        self.kind = pool
+        self.grid = grid
+        self.window = 1 if pool == "none" else int(pool[-1])
+        self.factor = self.window**2 if pool.startswith("concat") else 1
+        self.tokens = (-(-grid // self.window)) ** 2
+
+    def __call__(self, x: mx.array) -> mx.array:
+        T = x.shape[1]
+        if self.kind == "none" or (self.kind == "mean2" and T == self.tokens):
+            return x
+        if T != self.grid**2:
+            also = f" or {self.tokens} already pooled ones" if self.kind == "mean2" else ""
+            raise ConfigError(
+                f"projector.pool {self.kind!r} takes {self.grid**2} tokens a view "
+                f"({self.grid} x {self.grid}){also}, but the features have {T}."
+            )
+        return mean2(x, self.grid) if self.kind == "mean2" else concat(x, self.grid, self.window)

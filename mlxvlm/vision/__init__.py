@@ -1,0 +1,1 @@
+"""Vision encoders: views in, tokens out. An encoder a file."""

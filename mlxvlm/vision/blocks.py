@@ -1,0 +1,95 @@
+"""The pre-norm transformer block that SigLIP, CLIP and the attention projector share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..attention import SelfAttention
+from ..errors import ConfigError
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """x sigmoid(1.702 x), which OpenAI's CLIP was trained with."""
+    return x * mx.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu_new": nn.gelu_approx,
+    "quick_gelu": quick_gelu,
+    "silu": nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[mx.array], mx.array]:
+    """The function that transformers calls `name`."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act (={name!r}) must be one of {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """fc1, activation, fc2: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, act: str, bias: bool = True):
+        super().__init__()
+        self.act = activation(act)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), every token seeing every token of its row."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, intermediate_size: int, act: str, eps: float
+    ):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=eps)
+        self.self_attn = SelfAttention(hidden_size, num_heads)
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = MLP(hidden_size, intermediate_size, act)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Blocks(nn.Module):
+    """A stack of `EncoderLayer`, under Hugging Face's name `encoder.layers`."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        act: str,
+        eps: float,
+    ):
+        super().__init__()
+        self.layers = [
+            EncoderLayer(hidden_size, num_heads, intermediate_size, act, eps)
+            for _ in range(num_layers)
+        ]
+
+    def __call__(self, x: mx.array, upto: int | None = None) -> mx.array:
+        """Runs the first `upto` blocks, or all."""
+        for layer in self.layers[:upto]:
+            x = layer(x)
+        return x
+
+
+def layer_number(name: str) -> int | None:
+    """The block that a tensor named `encoder.layers.N...` belongs to, else None."""
+    if not name.startswith("encoder.layers."):
+        return None
+    number = name.split(".")[2]
+    return int(number) if number.isdecimal() else None

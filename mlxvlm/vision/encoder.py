@@ -1,0 +1,187 @@
+"""The frozen encoder: pictures in, features out, and a name for what made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..config import TilingConfig, VisionConfig, pooled_tokens
+from ..errors import ConfigError, PictureError
+from ..images.picture import Features, Picture
+from .clip import ClipVision
+from .pooling import mean2
+from .siglip import SiglipVision
+
+# float16 is left out: activations of SigLIP's and CLIP's sort overflow it.
+DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16"}
+
+
+class Encoder:
+    """Tiling, normalisation, tower and parameter-free pooling: what a cache of features stands for.
+
+    pool: "none" or "mean2"; concatenation keeps every byte and belongs to the projector.
+    dtype: what the tower computes in, and the features' dtype; the tower is cast to it in place.
+    """
+
+    def __init__(
+        self,
+        vision: SiglipVision | ClipVision,
+        config: VisionConfig,
+        tiling: TilingConfig,
+        pool: str = "none",
+        dtype: mx.Dtype = mx.float32,
+    ):
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"an encoder computes in float32 or bfloat16, not in {_name(dtype)}: "
+                "float16 overflows inside vision towers."
+            )
+        if pool not in ("none", "mean2"):
+            raise ConfigError(
+                f"an encoder's pool (={pool!r}) must be 'none' or 'mean2'; "
+                "'concat2' and 'concat3' are the projector's."
+            )
+        if tiling.image_size != config.image_size:
+            raise ConfigError(
+                f"tiling.image_size (={tiling.image_size}) must equal "
+                f"vision.image_size (={config.image_size}): the encoder has a fixed grid."
+            )
+        self.vision = vision
+        self.config = config
+        self.tiling = tiling
+        self.pool = pool
+        self.dtype = dtype
+        self.tokens = pooled_tokens(config, pool)
+        self.width = config.hidden_size
+        self._digest: tuple[list[mx.array], str] | None = None
+
+    def look(
+        self, images: Iterable[Any], max_tiles: int | None = None, allow_urls: bool = False
+    ) -> list[Picture]:
+        """Opens and tiles paths, bytes, PIL images or arrays; a Picture is taken as it is."""
+        from ..images.tiling import look
+
+        return [
+            image
+            if isinstance(image, Picture)
+            else look(image, self.tiling, max_tiles=max_tiles, allow_urls=allow_urls)
+            for image in images
+        ]
+
+    def encode(self, pictures: list[Picture]) -> list[Features]:
+        """Features of pictures, lazy: nothing is computed before they are evaluated.
+
+        All views of one size go through the tower as one batch, in the order given.
+        """
+        self._cast()
+        views = [np.asarray(view) for picture in pictures for view in picture.views]
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for i, view in enumerate(views):
+            sizes.setdefault(view.shape, []).append(i)
+        tokens: dict[int, mx.array] = {}
+        for places in sizes.values():
+            features = self._run(self.normalise([views[i] for i in places]))
+            tokens.update((i, features[row]) for row, i in enumerate(places))
+        out, start = [], 0
+        for picture in pictures:
+            stop = start + len(picture.views)
+            rows = [tokens[i] for i in range(start, stop)]
+            out.append(Features(rows, picture.grid, picture.size, picture.sha256))
+            start = stop
+        return out
+
+    def normalise(self, views: list[np.ndarray]) -> mx.array:
+        """[H, W, 3] views of one size -> [N, H, W, 3] in the encoder's dtype, order kept.
+
+        uint8 becomes (x / 255 - mean) / std in float32; floating views are taken as normalised.
+        """
+        raw = [i for i, view in enumerate(views) if view.dtype == np.uint8]
+        done = [i for i, view in enumerate(views) if np.issubdtype(view.dtype, np.floating)]
+        for view in views:
+            if view.dtype != np.uint8 and not np.issubdtype(view.dtype, np.floating):
+                raise PictureError(f"views must be uint8 or float32, but one is {view.dtype}.")
+            if view.ndim != 3 or view.shape[2] != 3:
+                raise PictureError(f"views must be [H, W, 3], but one is {list(view.shape)}.")
+        parts = []
+        if raw:
+            mean = mx.array(self.config.image_mean, dtype=mx.float32)
+            std = mx.array(self.config.image_std, dtype=mx.float32)
+            pixels = mx.array(np.stack([views[i] for i in raw])).astype(mx.float32)
+            parts.append((pixels / 255 - mean) / std)
+        if done:
+            parts.append(mx.array(np.stack([views[i].astype(np.float32) for i in done])))
+        if len(parts) == 1:
+            return parts[0].astype(self.dtype)
+        back = np.argsort(np.array(raw + done)).astype(np.int32)
+        return mx.concatenate(parts)[mx.array(back)].astype(self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on, as plain JSON values: two encoders that agree here agree."""
+        config = self.config
+        identity: dict[str, Any] = {
+            "model_type": config.model_type,
+            "sha256": self._sha256(),
+            "dtype": DTYPES[self.dtype],
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "hidden_act": config.hidden_act,
+            "layer_norm_eps": config.layer_norm_eps,
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            # counted from the embeddings, so that -1 and 27 of 27 layers are one
+            "vision_feature_layer": config.num_layers_used,
+            "vision_feature_norm": config.vision_feature_norm,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "image_mean": list(config.image_mean),
+            "image_std": list(config.image_std),
+            "pool": self.pool,
+        }
+        for name, value in dataclasses.asdict(self.tiling).items():
+            identity[f"tiling.{name}"] = list(value) if isinstance(value, tuple) else value
+        return identity
+
+    def _run(self, pixels: mx.array) -> mx.array:
+        x = self.vision(pixels)
+        return mean2(x, self.config.grid) if self.pool == "mean2" else x
+
+    def _cast(self) -> None:
+        # Weights may have been loaded after this encoder was made.
+        floats = [x for _, x in _tensors(self.vision) if mx.issubdtype(x.dtype, mx.floating)]
+        if any(x.dtype != self.dtype for x in floats):
+            self.vision.set_dtype(self.dtype)
+
+    def _sha256(self) -> str:
+        """Over name, shape, dtype and bytes of the tensors that feed the features, by name."""
+        self._cast()
+        used = [(n, x) for n, x in _tensors(self.vision) if self.vision.feeds_features(n)]
+        arrays = [x for _, x in used]
+        # Loading or training puts new arrays in place of these, and then the digest is stale.
+        if self._digest is None or not _same(self._digest[0], arrays):
+            digest = hashlib.sha256()
+            for name, x in used:
+                digest.update(f"{name} {list(x.shape)} {_name(x.dtype)}\n".encode())
+                # NumPy has no bfloat16, and bits are what is asked for.
+                bits = x.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize])
+                digest.update(np.ascontiguousarray(np.array(bits)).data)
+            self._digest = (arrays, digest.hexdigest())
+        return self._digest[1]
+
+
+def _tensors(vision: SiglipVision | ClipVision) -> list[tuple[str, mx.array]]:
+    """Every parameter of the tower, sorted by name."""
+    flat = tree_flatten(vision.parameters())
+    return sorted(((n, x) for n, x in flat if isinstance(x, mx.array)), key=lambda item: item[0])
+
+
+def _same(a: list[mx.array], b: list[mx.array]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
