@@ -1,0 +1,148 @@
+"""A language model in pieces: trunk, hidden states, head.
+
+mlx-lm's models map tokens to the logits of every position. Training wants less (logits where
+something is supervised) and more (hidden states of a middle layer), from any decoder, without a
+copy of its code. So the trunk and the head are called apart, and layers are wrapped for one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import ConfigError
+
+
+def trunk(lm: nn.Module) -> nn.Module:
+    """The decoder below its head: embeddings in, normed hidden states out."""
+    inner = getattr(lm, "model", None)
+    if inner is None or not hasattr(inner, "layers"):
+        raise ConfigError(
+            f"language models of type {lm.model_type!r} cannot be trained here: mlx-lm's class has "
+            "no `model` with `layers` under its head."
+        )
+    return inner
+
+
+def blocks_of(lm: nn.Module) -> list[Any]:
+    """The decoder's blocks: the list itself, not a copy."""
+    blocks: Any = trunk(lm).layers
+    return blocks
+
+
+def embedding(lm: nn.Module) -> Any:
+    """The token embedding table of a decoder."""
+    inner = trunk(lm)
+    for name in ("embed_tokens", "tok_embeddings", "wte", "word_embeddings"):
+        if hasattr(inner, name):
+            return getattr(inner, name)
+    raise ConfigError(f"no token embedding found in language models of type {lm.model_type!r}.")
+
+
+def head(lm: nn.Module, hidden: mx.array) -> mx.array:
+    """Logits [..., V] of normed hidden states [..., D]."""
+    module = head_module(lm)
+    return module.as_linear(hidden) if hasattr(module, "as_linear") else module(hidden)
+
+
+def head_module(lm: nn.Module) -> Any:
+    """The module whose weights make the logits: the head, or the table where they are tied."""
+    for name in ("lm_head", "output"):
+        if name in lm:
+            return lm[name]
+    return embedding(lm)
+
+
+def check_head(lm: nn.Module) -> None:
+    """Refuses a decoder that does more to its logits than `head` does (soft caps, scales)."""
+    ids = mx.array([[1, 2]])
+    embeddings = embedding(lm)(ids)
+    whole = lm(ids, input_embeddings=embeddings).astype(mx.float32)
+    apart = head(lm, hidden_states(lm, embeddings)[0]).astype(mx.float32)
+    scale = mx.abs(whole).max()
+    if (mx.abs(whole - apart).max() > 1e-2 * scale).item():
+        raise ConfigError(
+            f"language models of type {lm.model_type!r} change their logits after the head, which "
+            "training at supervised positions would miss. Choose another language model."
+        )
+
+
+def hidden_states(
+    lm: nn.Module,
+    embeddings: mx.array,
+    cache: list[Any] | None = None,
+    layers: tuple[int, ...] = (),
+    grad_checkpoint: bool = False,
+) -> tuple[mx.array, dict[int, mx.array]]:
+    """Runs the trunk on [B, L, D] embeddings.
+
+    Returns the normed last hidden states [B, L, D], and those after each of `layers` (0 is the
+    embeddings themselves, k the output of the k-th block, before any norm).
+    """
+    inner = trunk(lm)
+    seen: dict[int, mx.array] = {0: embeddings} if 0 in layers else {}
+    count = len(blocks_of(lm))
+    if bad := [k for k in layers if not 0 <= k <= count]:
+        raise ConfigError(f"layer {bad[0]} does not exist: this language model has 0 to {count}.")
+
+    def wrap(index: int, layer: nn.Module) -> Callable[..., mx.array]:
+        call = _checkpointed(layer) if grad_checkpoint else layer
+
+        def run(*args: Any, **kwargs: Any) -> mx.array:
+            out = call(*args, **kwargs)
+            if index + 1 in layers:
+                seen[index + 1] = out
+            return out
+
+        return run
+
+    with _wrapped(blocks_of(lm), wrap if layers or grad_checkpoint else None):
+        if "input_embeddings" in inspect.signature(type(inner).__call__).parameters:
+            ids = mx.zeros(embeddings.shape[:2], dtype=mx.int32)
+            out = inner(ids, cache=cache, input_embeddings=embeddings)
+        else:
+            out = inner(embeddings, cache=cache)
+    return out, seen
+
+
+class _Layer:
+    """Stands in for a block during one call: runs `call`, and is the block in all else."""
+
+    def __init__(self, block: nn.Module, call: Callable[..., mx.array]):
+        self._block, self._call = block, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+
+@contextmanager
+def _wrapped(
+    blocks: list[Any], wrap: Callable[[int, nn.Module], Callable[..., mx.array]] | None
+) -> Iterator[None]:
+    # The list is swapped for one call only: names, classes and other models stay as they are.
+    if wrap is None:
+        yield
+        return
+    kept = list(blocks)
+    blocks[:] = [_Layer(block, wrap(i, block)) for i, block in enumerate(kept)]
+    try:
+        yield
+    finally:
+        blocks[:] = kept
+
+
+def _checkpointed(layer: nn.Module) -> Callable[..., mx.array]:
+    def inner(params: dict[str, Any], *args: Any, **kwargs: Any) -> mx.array:
+        layer.update(params)
+        return layer(*args, **kwargs)
+
+    recompute = mx.checkpoint(inner)
+    return lambda *args, **kwargs: recompute(layer.trainable_parameters(), *args, **kwargs)

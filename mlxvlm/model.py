@@ -1,0 +1,177 @@
+"""The model: an encoder, a projector and a language model, as one.
+
+    tokens    <bos> user: [img][img][img]...[img] What is this? assistant:
+                            |    |    |        |
+    pictures  views -> vision -> projector  (one embedding per image token)
+
+Tokens hold the image token once per visual token. Its id never reaches the embedding table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .config import ModelConfig
+from .errors import PromptError
+from .images.picture import Features, Picture
+from .language.forward import embedding
+from .language.load import build_language, language_width
+from .projectors.build import build_projector
+from .prompts import Prompt, normalize_messages, render
+from .vision.build import build_vision
+from .vision.encoder import Encoder
+
+if TYPE_CHECKING:
+    from .language.tokenizer import Tokenizer
+    from .reply import Chunk, Reply
+
+
+class VLM(nn.Module):
+    """A vision-language model.
+
+    Parameters are named `vision.*`, `projector.*` and `language.*`, the last with mlx-lm's names.
+    A new object has random weights; `mlxvlm.load` gives one from a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vision = build_vision(config.vision)
+        self.projector = build_projector(
+            config.projector, config.vision, language_width(config.language)
+        )
+        self.language = build_language(config.language)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The frozen half: pictures to features, as an embedding cache stores them."""
+        pool = "mean2" if self.config.projector.pool == "mean2" else "none"
+        weight = self.vision.embeddings.patch_embedding.weight
+        return Encoder(
+            self.vision, self.config.vision, self.config.tiling, pool=pool, dtype=weight.dtype
+        )
+
+    def look(
+        self, images: Sequence[Any], max_tiles: int | None = None, allow_urls: bool = False
+    ) -> list[Picture]:
+        """Opens, orients and tiles pictures: paths, bytes, PIL images or arrays."""
+        return self.encoder.look(images, max_tiles=max_tiles, allow_urls=allow_urls)
+
+    def features(self, images: Sequence[Any]) -> list[Features]:
+        """What an embedding cache would store for each picture, before the codec."""
+        pictures = [i if isinstance(i, Picture) else self.look([i])[0] for i in images]
+        return self.encoder.encode(pictures)
+
+    def tokenize(
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[Any] = (),
+        add_generation_prompt: bool | None = None,
+        allow_urls: bool = False,
+    ) -> Prompt:
+        """Lays out messages and pictures as tokens.
+
+        images: what `look` takes, or Picture or Features. `add_generation_prompt` opens the
+        assistant's turn; by default, where the last message is not the assistant's.
+        """
+        if self.tokenizer is None:
+            raise PromptError("this model has no tokenizer; load it from a folder that has one.")
+        parts, images = normalize_messages(messages, images)
+        if add_generation_prompt is None:
+            add_generation_prompt = bool(parts[-1]["role"] != "assistant")
+        pictures = [
+            i if isinstance(i, (Picture, Features)) else self.look([i], allow_urls=allow_urls)[0]
+            for i in images
+        ]
+        counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
+        prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
+        prompt.pictures = pictures
+        return prompt
+
+    def project(self, pictures: Sequence[Picture | Features]) -> mx.array:
+        """[visual tokens, D]: the projected views of all pictures, one after the other."""
+        encoded = iter(self.encoder.encode([p for p in pictures if isinstance(p, Picture)]))
+        features = [next(encoded) if isinstance(p, Picture) else p for p in pictures]
+        views = [mx.array(view) for found in features for view in found.views]
+        return self.project_views(mx.stack(views))
+
+    def project_views(self, views: mx.array) -> mx.array:
+        """[views, tokens, width] features to [views * tokens_per_view, D] embeddings."""
+        out = self.projector(views.astype(self.projector_dtype))
+        return out.reshape(-1, out.shape[-1])
+
+    @property
+    def projector_dtype(self) -> mx.Dtype:
+        leaves: list[Any] = [v for _, v in tree_flatten(self.projector.parameters())]
+        return next(v.dtype for v in leaves if mx.issubdtype(v.dtype, mx.floating))
+
+    def embed(self, tokens: Any, pictures: Sequence[Picture | Features] | None = None) -> mx.array:
+        """Embeddings [B, L, D] of tokens [B, L] with the pictures in their places.
+
+        pictures: one flat list in order of appearance, row after row. The counts are checked on the
+        host: a picture that does not fill its places exactly is a PromptError, never a shift.
+        """
+        rows = np.array(tokens)
+        rows = rows[None] if rows.ndim == 1 else rows
+        pictures = pictures or []
+        counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
+        self._check_places(rows == self.config.prompt.image_token_id, counts)
+        visual = self.project(pictures) if pictures else None
+        return self.splice(rows, visual)
+
+    def splice(self, tokens: np.ndarray, visual: mx.array | None) -> mx.array:
+        """Text embeddings of host tokens [B, L], with `visual` [N, D] at the image tokens."""
+        places = tokens == self.config.prompt.image_token_id
+        text = embedding(self.language)(mx.array(np.where(places, 0, tokens).astype(np.int32)))
+        if visual is None:
+            return text
+        # A gather, not a scatter: each place looks up its row, and text rows look up row 0 unused.
+        index = np.where(places.reshape(-1), np.cumsum(places.reshape(-1)) - 1, 0)
+        found = visual[mx.array(index.astype(np.int32))].reshape(*tokens.shape, -1)
+        return mx.where(mx.array(places)[..., None], found.astype(text.dtype), text)
+
+    def _check_places(self, places: np.ndarray, counts: list[int]) -> None:
+        ends = np.cumsum([0, *counts])
+        needed = np.cumsum(places.sum(axis=1))
+        for row, end in enumerate(needed):
+            if end not in ends:
+                raise PromptError(
+                    f"row {row} has {int(places[row].sum())} image tokens, which its pictures "
+                    f"do not fill exactly (the pictures give {counts} in order)."
+                )
+        if ends[-1] != needed[-1]:
+            raise PromptError(
+                f"{len(counts)} pictures give {int(ends[-1])} visual tokens, but the tokens have "
+                f"places for {int(needed[-1])}."
+            )
+
+    def __call__(
+        self, tokens: Any, pictures: Sequence[Picture | Features] | None = None
+    ) -> mx.array:
+        """Logits [B, L, V] of right-padded tokens [B, L]; causal, so padding is never seen."""
+        embeddings = self.embed(tokens, pictures)
+        ids = mx.zeros(embeddings.shape[:2], dtype=mx.int32)
+        return self.language(ids, input_embeddings=embeddings)
+
+    def stream(
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any] = (), **options: Any
+    ) -> Iterator[Chunk]:
+        """Answers, piece by piece; options as in `reply.stream`."""
+        from .reply import stream
+
+        return stream(self, messages, images, **options)
+
+    def generate(
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any] = (), **options: Any
+    ) -> Reply:
+        """Answers the last user message; options as in `reply.stream`."""
+        from .reply import generate
+
+        return generate(self, messages, images, **options)

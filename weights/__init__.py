@@ -1,0 +1,1 @@
+"""Checkpoints in and out: hub, load, save, check, families."""

@@ -1,0 +1,1 @@
+"""Families as data: tables of key names and translations of one config into the five choices."""

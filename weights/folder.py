@@ -1,0 +1,163 @@
+"""What lies in a checkpoint's folder: config.json, and tensors in safetensors files.
+
+Files are checked from their headers before anything is read. Pickles (.bin, .pt, .pth) are never
+opened: loading one runs code that its author chose.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxvlm.config import read_json
+from mlxvlm.errors import WeightsError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# safetensors files that are no part of a model's own weights.
+BESIDE = ("adapters.safetensors", "adapter_model.safetensors", "projector.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER = 100_000_000
+
+HOW_TO_CONVERT = (
+    'Convert it in a place that you trust: `python -c "from transformers import AutoModel; '
+    "AutoModel.from_pretrained('IN').save_pretrained('OUT')\"` (the model's own class instead of "
+    "AutoModel where it has a head), or choose a repository with .safetensors files."
+)
+
+
+@dataclass
+class Tensor:
+    """A tensor as its file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class Checkpoint:
+    """A folder's config.json and the headers of its tensors; values are read by `read`.
+
+    writer: the header's `format` entry, "mlx" or "pt", which tells how convolutions are laid out.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    writer: str = ""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        folder = Path(folder)
+        checkpoint = cls(folder, read_json(folder / "config.json"))
+        for file in weight_files(folder):
+            tensors, metadata = read_header(file)
+            checkpoint.tensors.update(tensors)
+            checkpoint.writer = metadata.get("format", checkpoint.writer)
+        return checkpoint
+
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]:
+        """The named tensors, not yet evaluated. Evaluate them before their files can change."""
+        wanted = set(names)
+        found: dict[str, mx.array] = {}
+        for file in sorted({self.tensors[name].file for name in wanted}):
+            here = {name for name in wanted if self.tensors[name].file == file}
+            self._check_dtypes(here)
+            try:
+                arrays = mx.load(str(file))
+            except (RuntimeError, ValueError) as error:
+                raise WeightsError(f"{file} cannot be read: {error}.") from None
+            assert isinstance(arrays, dict)
+            found.update((name, arrays[name]) for name in here)
+        return found
+
+    def _check_dtypes(self, names: set[str]) -> None:
+        bad = sorted(n for n in names if self.tensors[n].dtype not in DTYPES)
+        if bad:
+            kinds = sorted({self.tensors[n].dtype for n in bad})
+            raise WeightsError(
+                f"{self.folder}: tensors stored as {', '.join(kinds)} are not supported "
+                f"({bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}). "
+                "Use a checkpoint in bfloat16, float16 or float32."
+            )
+
+
+DTYPES = frozenset("F32 F16 BF16 U32 U16 U8 I64 I32 I16 I8 BOOL".split())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder's model, or an error that says what is there instead."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = set(_weight_map(folder / INDEX).values())
+        if strange := sorted(
+            n for n in names if Path(n).name != n or not n.endswith(".safetensors")
+        ):
+            raise WeightsError(
+                f"{folder / INDEX} names {strange[0]!r}, which is no file beside it."
+            )
+        if missing := sorted(n for n in names if not (folder / n).is_file()):
+            raise WeightsError(
+                f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Download the rest."
+            )
+        return sorted(folder / name for name in names)
+    found = sorted(f for f in folder.glob("*.safetensors") if f.name not in BESIDE)
+    whole = [f for f in found if not f.name.startswith("consolidated")] or found
+    if whole:
+        return whole
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+    if pickles:
+        raise WeightsError(
+            f"{folder} has its weights only as pickles ({', '.join(pickles[:3])}"
+            f"{', ...' if len(pickles) > 3 else ''}), which can run code when opened and are never "
+            f"loaded. {HOW_TO_CONVERT}"
+        )
+    raise WeightsError(f"{folder} has no weights: no {SINGLE}, and no other .safetensors file.")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise WeightsError(f"{path} has no usable weight_map.")
+    return names
+
+
+def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Names, shapes and dtypes of a safetensors file, and its metadata; no tensor is read."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start.startswith(b"version "):
+            raise WeightsError(
+                f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder."
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > min(MAX_HEADER, max(size - 8, 0)):
+            raise WeightsError(
+                f"{file} is truncated or no safetensors file ({size} bytes). Download it again."
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", None) or {}
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        tensors = {
+            name: Tensor(file, tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise WeightsError(f"{file} has a damaged header. Download it again.") from None
+    needed = 8 + length + max(ends, default=0)
+    if size < needed:
+        raise WeightsError(
+            f"{file} is truncated: it should have {needed} bytes and has {size}. Download it again."
+        )
+    return tensors, metadata

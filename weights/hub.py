@@ -1,0 +1,187 @@
+"""From a path or a hub id to a local folder. Nothing here runs a repository's code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxvlm.errors import HubError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ALLOW = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+# Other formats of the same weights, and files of tools, lie in folders of their own.
+IGNORE = ["*/*", "consolidated*", "adapters.safetensors"]
+# What a download must leave free on the disk.
+SPARE = 1 << 30
+
+
+@dataclass
+class Download:
+    """What is about to be fetched: told to `report` before the first byte."""
+
+    repo: str
+    files: int
+    bytes: int
+    free: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return (
+            f"{self.repo}: downloading {self.files} files, {size(self.bytes)} "
+            f"({size(self.free)} free on the disk of {self.folder})"
+        )
+
+
+def resolve(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    report: Callable[[Download], Any] | None = None,
+) -> Path:
+    """The folder of a checkpoint: a local one as it is, a hub id through huggingface_hub's cache.
+
+    revision: a branch, tag or commit of the hub. report: called before a download with what it
+    will fetch. With HF_HUB_OFFLINE=1, or no network, the cache alone answers.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise HubError(
+                f"{path} is a local folder, so it has no revision {revision!r}: leave it out."
+            )
+        return path
+    if path.exists():
+        raise HubError(f"{path} is a file; give the folder that holds config.json.")
+    name = str(path_or_id)
+    if isinstance(path_or_id, Path) or not HUB_ID.fullmatch(name):
+        raise HubError(
+            f"{name!r} is neither an existing folder nor a hub id such as "
+            "'google/siglip-so400m-patch14-384'."
+        )
+    return _from_hub(name, revision, report)
+
+
+def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any] | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def snapshot(**options: Any) -> Any:
+        return huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=ALLOW, ignore_patterns=IGNORE, **options
+        )
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if offline or constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision, snapshot, "HF_HUB_OFFLINE is set")
+    try:
+        plan = snapshot(dry_run=True)
+        if isinstance(plan, list):
+            _check(repo, plan, Path(constants.HF_HUB_CACHE), report)
+        return Path(snapshot())
+    except GatedRepoError:
+        raise HubError(
+            f"{repo} is gated: its owner asks you to accept terms first. Open "
+            f"https://huggingface.co/{repo}, accept them, make a token at "
+            "https://huggingface.co/settings/tokens, run `hf auth login`, and try again."
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(
+            f"{repo} has no revision {revision!r}; leave it out for the newest."
+        ) from None
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"there is no folder {repo!r} here, and the hub has no such repository, or it is "
+            "private: check the spelling, or run `hf auth login` with an account that may read it."
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        return _cached(repo, revision, snapshot, f"the hub cannot be reached ({_line(error)})")
+    except HfHubHTTPError as error:
+        raise HubError(f"the hub refused {repo}: {_line(error)}") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise HubError(
+                f"the disk of {constants.HF_HUB_CACHE} is full. Free some space and try again: "
+                "what was downloaded is kept. HF_HOME names another folder."
+            ) from None
+        if error.errno is not None and error.filename:  # a disk's error, not the network's
+            raise
+        return _cached(repo, revision, snapshot, f"the hub cannot be reached ({_line(error)})")
+    except Exception as error:
+        # The hub's HTTP library has errors of its own, which are neither OSError nor public names.
+        if not _is_network(error):
+            raise
+        return _cached(repo, revision, snapshot, f"the hub cannot be reached ({_line(error)})")
+
+
+def _check(
+    repo: str, plan: list[Any], cache: Path, report: Callable[[Download], Any] | None
+) -> None:
+    """Before a download: are there weights that can be loaded, and is there room for them?"""
+    if not any(file.filename.endswith(".safetensors") for file in plan):
+        raise HubError(
+            f"{repo} has no .safetensors files. Weights in other formats (pickles such as .bin and "
+            ".pt can run code when opened) are never loaded: choose another repository, or convert "
+            "the weights with transformers' save_pretrained in a place that you trust."
+        )
+    todo = [file for file in plan if file.will_download]
+    if not todo:
+        return
+    disk = cache
+    while not disk.exists() and disk != disk.parent:
+        disk = disk.parent
+    needed = sum(file.file_size or 0 for file in todo)
+    download = Download(repo, len(todo), needed, shutil.disk_usage(disk).free, cache)
+    if needed + SPARE > download.free:
+        raise HubError(
+            f"{repo} needs {size(needed)}, but only {size(download.free)} are free on the disk of "
+            f"{cache}. Free some, or set HF_HOME to a folder on a larger disk."
+        )
+    if report is not None:
+        report(download)
+
+
+def _cached(repo: str, revision: str | None, snapshot: Callable[..., Any], why: str) -> Path:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot(local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        folder = None
+    if folder is None or not (folder / "config.json").is_file():
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise HubError(
+            f"{why}, and {repo}{at} is not in the local cache. Go online once, or give the path of "
+            "a folder that has it."
+        )
+    return folder
+
+
+def _is_network(error: Exception) -> bool:
+    kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return any(kind.startswith(("httpx", "requests.", "urllib3.", "httpcore")) for kind in kinds)
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units as disks and the hub count them."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,153 @@
+"""A new model from parts: an encoder, a fresh projector, a language model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
+from mlxvlm.errors import ConfigError, WeightsError
+from mlxvlm.weights.families import llama
+from mlxvlm.weights.folder import Checkpoint, weight_files
+from mlxvlm.weights.hub import Download, resolve
+from mlxvlm.weights.load import WHOLE, encoder_configs, layout_for, open_encoder
+from mlxvlm.weights.save import quantization_of
+from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
+
+if TYPE_CHECKING:
+    from mlxvlm.language.tokenizer import Tokenizer
+    from mlxvlm.model import VLM
+
+# Tokens that vocabularies hold for a use like this; the first one that is there marks a picture.
+IMAGE_TOKENS = (
+    "<|reserved_special_token_0|>",
+    "<image>",
+    "<|image|>",
+    "<|image_pad|>",
+    "<image_soft_token>",
+    "<unused0>",
+    "<|placeholder1|>",
+)
+
+
+def join(
+    vision: str | Path,
+    language: str | Path,
+    projector: ProjectorConfig | None = None,
+    *,
+    feature_layer: int | None = None,
+    feature_norm: bool | None = None,
+    layout: str | None = None,
+    fresh_language: bool = False,
+    about: str = "",
+    dtype: str | mx.Dtype | None = None,
+    seed: int = 0,
+    revisions: tuple[str | None, str | None] = (None, None),
+    report: Callable[[Download], Any] | None = None,
+) -> VLM:
+    """An encoder and a language model, from folders or hub ids, and a fresh projector between.
+
+    feature_layer, feature_norm: as in `load_encoder`. layout: a prompt layout; by default the one
+    that the tokenizer asks for. fresh_language: random weights, its config.json alone.
+    dtype: what stored tensors become; fresh ones are float32, because they are about to be trained.
+    seed: what the fresh weights are drawn from.
+    """
+    from mlxvlm.language.tokenizer import Tokenizer
+    from mlxvlm.model import VLM
+
+    wanted = parse_dtype(dtype)
+    eyes, family = open_encoder(vision, revisions[0], report)
+    tower, tiling = encoder_configs(eyes, family, feature_layer, feature_norm)
+    folder = resolve(language, revisions[1], report)
+    mouth = _language(folder, fresh_language)
+    tokenizer = Tokenizer.load(folder)
+    raw = llama.language(mouth)
+    config = ModelConfig(
+        tiling=tiling,
+        vision=dataclasses.replace(tower, vision_use_head=False),
+        projector=projector or ProjectorConfig(),
+        prompt=PromptConfig(layout=layout or layout_for(tokenizer)),
+        language=raw,
+        about=about,
+    )
+    config.prompt.image_token_id = image_token_id(tokenizer, raw)
+    randomness: Any = mx.random.state
+    state = mx.array(randomness[0])
+    mx.random.seed(seed)
+    try:
+        vlm = VLM(config, tokenizer)
+        mx.eval(vlm.projector.parameters())
+        fill(
+            vlm,
+            eyes,
+            family.rename,
+            prefixes=("vision.",),
+            dtype=wanted,
+            quantization=rename_quantization(stored_quantization(eyes.config), family.rename),
+        )
+        if fresh_language:
+            mx.eval(vlm.language.parameters())
+        else:
+            fill(
+                vlm,
+                mouth,
+                llama.rename,
+                prefixes=("language.",),
+                dtype=wanted,
+                quantization=rename_quantization(stored_quantization(mouth.config), llama.rename),
+            )
+    finally:
+        randomness[0][:] = state  # the caller's draws go on as if nothing had been drawn here
+    vlm.config.quantization = quantization_of(vlm)
+    return vlm
+
+
+def image_token_id(tokenizer: Tokenizer, language: dict[str, Any]) -> int:
+    """A reserved id of the vocabulary, or the first beyond it: none is added to the table."""
+    for token in IMAGE_TOKENS:
+        # Only a control token will do: a word of the vocabulary could come up in a text.
+        if token in tokenizer.control:
+            return tokenizer.control[token]
+    return max(int(language.get("vocab_size", 0)), tokenizer.vocab_size)
+
+
+def check_out(out: str | Path, *sources: str | Path) -> Path:
+    """The folder for a new model: not one of its sources, nor one that holds something else."""
+    from mlxvlm.config import MODEL_TYPE, read_json
+
+    out = Path(out)
+    for source in sources:
+        if Path(source).exists() and out.resolve() == Path(source).resolve():
+            raise ConfigError(f"--out (={out}) is one of the parts: give a folder of its own.")
+    if (out / "config.json").exists() and read_json(out / "config.json").get(
+        "model_type"
+    ) != MODEL_TYPE:
+        raise ConfigError(f"--out (={out}) holds another kind of model: give a new folder.")
+    return out
+
+
+def _language(folder: Path, fresh: bool) -> Checkpoint:
+    if fresh:
+        from mlxvlm.config import read_json
+
+        return Checkpoint(folder, read_json(folder / "config.json"))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: it is no language model's folder.")
+    try:
+        weight_files(folder)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error} For random weights from its config.json, say --fresh-language."
+        ) from None
+    checkpoint = Checkpoint.open(folder)
+    kinds = [kind for family in WHOLE for kind in family.MODEL_TYPES]
+    if checkpoint.config.get("model_type") in kinds:
+        raise ConfigError(
+            f"{folder} is a whole vision-language model, not a language model alone: give the "
+            "repository of its language model."
+        )
+    return checkpoint

@@ -1,0 +1,220 @@
+"""Checkpoints in: a whole model, an encoder, or SigLIP's two towers, from a folder or a hub id.
+
+Loading is strict: every tensor that is missing, unexpected, misshapen or not finite is named, and
+nothing half-loaded is returned. Only safetensors are read, and no code of a repository is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxvlm.config import ModelConfig, TilingConfig, VisionConfig, read_dataclass, read_json
+from mlxvlm.errors import ConfigError
+from mlxvlm.vision.build import build_vision
+from mlxvlm.vision.encoder import Encoder
+from mlxvlm.vision.siglip import Siglip
+from mlxvlm.weights.families import clip, llava, native, siglip
+from mlxvlm.weights.folder import Checkpoint
+from mlxvlm.weights.hub import Download, resolve
+from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
+
+if TYPE_CHECKING:
+    from mlxvlm.language.siglip_tokenizer import SiglipTokenizer
+    from mlxvlm.language.tokenizer import Tokenizer
+    from mlxvlm.model import VLM
+
+WHOLE = (native, llava)
+ENCODERS = (siglip, clip)
+Report = Callable[[Download], Any]
+
+
+def load(
+    path_or_hub_id: str | Path,
+    adapter: str | Path | None = None,
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+    report: Report | None = None,
+) -> VLM:
+    """A model from a folder or a hub id.
+
+    adapter: a folder that `mlxvlm lora` wrote. dtype: what floating tensors become; by default each
+    stays as stored, but a vision tower stored in float16 becomes float32 (it would overflow).
+    report: called with a `Download` before anything is fetched.
+    """
+    from mlxvlm.language.tokenizer import Tokenizer
+    from mlxvlm.model import VLM
+
+    wanted = parse_dtype(dtype)
+    folder = resolve(path_or_hub_id, revision, report)
+    family = _family(folder, WHOLE, "a vision-language model")
+    checkpoint = Checkpoint.open(folder)
+    config = model_config(checkpoint, family)
+    tokenizer = Tokenizer.load(folder)
+    if family is llava:
+        choose_prompt(config, tokenizer, folder)
+    vlm = VLM(config, tokenizer)
+    fill(vlm, checkpoint, family.rename, dtype=wanted, quantization=config.quantization)
+    if adapter is not None:
+        from mlxvlm.weights.adapter import load_adapter
+
+        load_adapter(vlm, adapter)
+    return vlm
+
+
+def load_encoder(
+    path_or_hub_id: str | Path,
+    pool: str = "none",
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+    tiling: TilingConfig | dict[str, Any] | None = None,
+    feature_layer: int | None = None,
+    feature_norm: bool | None = None,
+    report: Report | None = None,
+) -> Encoder:
+    """The encoder alone, from a SigLIP or CLIP repository or from any whole model.
+
+    tiling: fields that override the checkpoint's. feature_layer, feature_norm: which hidden state
+    it gives, and whether the final norm follows; by default the checkpoint's own choice (a SigLIP's
+    last layer with its norm; CLIP's last but one without).
+    """
+    checkpoint, family = open_encoder(path_or_hub_id, revision, report)
+    config, tiles = encoder_configs(checkpoint, family, feature_layer, feature_norm)
+    if isinstance(tiling, TilingConfig):
+        tiles = tiling
+    elif tiling:
+        tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **tiling}, "tiling")
+    holder = _Holder(vision=build_vision(config))
+    fill(
+        holder,
+        checkpoint,
+        family.rename,
+        prefixes=("vision.",),
+        dtype=parse_dtype(dtype),
+        quantization=_quantization(checkpoint, family),
+    )
+    weight = holder.vision.embeddings.patch_embedding.weight
+    return Encoder(holder.vision, config, tiles, pool=pool, dtype=weight.dtype)
+
+
+def load_siglip(
+    path_or_hub_id: str | Path,
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+    report: Report | None = None,
+) -> tuple[Siglip, SiglipTokenizer, TilingConfig]:
+    """SigLIP's two towers, the tokenizer of its texts, and how its pictures are tiled."""
+    from mlxvlm.language.siglip_tokenizer import SiglipTokenizer
+
+    folder = resolve(path_or_hub_id, revision, report)
+    _family(folder, (siglip,), "a SigLIP with its text tower")
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.config["model_type"] != "siglip":
+        raise ConfigError(
+            f"{folder} holds only SigLIP's vision tower; scores need the text tower too."
+        )
+    vision, tiling = siglip.vision(checkpoint)
+    text = siglip.text(checkpoint.config)
+    model = Siglip(dataclasses.replace(vision, vision_use_head=True), text)
+    tokenizer = SiglipTokenizer.load(folder, text.max_position_embeddings)
+    fill(
+        model,
+        checkpoint,
+        lambda key: key,
+        dtype=parse_dtype(dtype),
+        quantization=stored_quantization(checkpoint.config),
+    )
+    return model, tokenizer, tiling
+
+
+def open_encoder(
+    path_or_hub_id: str | Path, revision: str | None = None, report: Report | None = None
+) -> tuple[Checkpoint, ModuleType]:
+    """The checkpoint of an encoder, and its family."""
+    folder = resolve(path_or_hub_id, revision, report)
+    family = _family(folder, (*ENCODERS, *WHOLE), "a vision encoder")
+    return Checkpoint.open(folder), family
+
+
+def encoder_configs(
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    feature_layer: int | None = None,
+    feature_norm: bool | None = None,
+) -> tuple[VisionConfig, TilingConfig]:
+    """A checkpoint's tower and tiling; the final norm follows the last layer only, unless asked."""
+    if family in WHOLE:
+        whole = family.model(checkpoint)
+        config, tiling = whole.vision, whole.tiling
+    else:
+        config, tiling = family.vision(checkpoint)
+    if feature_layer is not None:
+        config = dataclasses.replace(config, vision_feature_layer=feature_layer)
+        last = config.num_layers_used == config.num_hidden_layers
+        config.vision_feature_norm = config.vision_feature_norm and last
+    if feature_norm is not None:
+        config = dataclasses.replace(config, vision_feature_norm=feature_norm)
+    return config, tiling
+
+
+def model_config(checkpoint: Checkpoint, family: ModuleType) -> ModelConfig:
+    """A whole model's five choices, and how its tensors are quantised."""
+    config = family.model(checkpoint)
+    config.quantization = _quantization(checkpoint, family)
+    return config
+
+
+def choose_prompt(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """A LLaVA's layout, from what its tokenizer and chat template look like; sets config.prompt."""
+    if tokenizer.chat_template is None:  # LLaVA's processors keep it beside the tokenizer
+        for name in ("chat_template.json", "processor_config.json"):
+            if (folder / name).is_file():
+                template = read_json(folder / name).get("chat_template")
+                tokenizer.chat_template = template if isinstance(template, str) else None
+                if tokenizer.chat_template:
+                    break
+    config.prompt.layout = layout_for(tokenizer)
+
+
+def layout_for(tokenizer: Tokenizer) -> str:
+    """The prompt layout that a tokenizer's control tokens and template ask for."""
+    if tokenizer.id("<|start_header_id|>") is not None:
+        return "llama-3"
+    template = tokenizer.chat_template
+    vicuna = template is None or ("USER:" in template and "ASSISTANT:" in template)
+    return "vicuna_v1" if vicuna else "chat_template"
+
+
+def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] | None:
+    return rename_quantization(stored_quantization(checkpoint.config), family.rename)
+
+
+def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:
+    kind = read_json(folder / "config.json").get("model_type")
+    for family in families:
+        if kind in family.MODEL_TYPES:
+            return family
+    known = ", ".join(name for family in families for name in family.MODEL_TYPES)
+    hint = ""
+    if kind in ("siglip2", "siglip2_vision_model"):
+        hint = " NaFlex checkpoints take pictures of any shape; use a fixed-resolution SigLIP 2."
+    elif families == WHOLE:
+        hint = " An encoder and a language model are joined into one by `mlxvlm build`."
+    raise ConfigError(
+        f"{folder} is not {what} that can be loaded: its model_type is {kind!r}, not one of "
+        f"{known}.{hint}"
+    )
+
+
+class _Holder(nn.Module):
+    """A tower under the name that it has in a whole model."""
+
+    def __init__(self, vision: Any):
+        super().__init__()
+        self.vision = vision
