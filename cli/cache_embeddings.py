@@ -1,0 +1,169 @@
+"""`mlxvlm cache-embeddings`: a frozen encoder's features, computed once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxvlm.cli.progress import duration, list_skipped, say
+from mlxvlm.errors import DataError
+
+if TYPE_CHECKING:
+    from mlxvlm.cache.run import Summary
+
+
+def cache_embeddings(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder of pictures, or rows that name them (.json, .jsonl, or their folder).",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The cache; an unfinished one goes on.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            "--vision",
+            metavar="MODEL",
+            help="Whose encoder: a SigLIP or CLIP, or a whole model; a folder or a hub id.",
+        ),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", metavar="DIR", help="What names are relative to. Default: DATA's folder."
+        ),
+    ] = None,
+    codec: Annotated[
+        str,
+        # Half of float32's bytes, and what an encoder that computes in bf16 gives, bit for bit.
+        typer.Option("--codec", help="float32, bf16 or fp16."),
+    ] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Computed in float32 or bfloat16. Default: as stored."),
+    ] = None,
+    pool: Annotated[
+        str, typer.Option("--pool", help="none, or mean2: 2x2 means, a quarter of the tokens.")
+    ] = "none",
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Pictures at once. Default: 8, or the cache's."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first N pictures.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if any picture or row of DATA is bad.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as one JSON object.")
+    ] = False,
+) -> None:
+    """Compute a frozen encoder's features once, for training to read.
+
+    Stop it at any time: the same command goes on where it was. Training takes DIR as --cache.
+    """
+    from mlxvlm.cache.codecs import codec_named
+    from mlxvlm.cache.inputs import picture_sources
+    from mlxvlm.cache.writer import write_cache
+
+    codec_named(codec)  # before a model is fetched
+    sources, bad_rows = picture_sources(data, images)
+    if strict and bad_rows:
+        where, reason = bad_rows[0]
+        raise DataError(f"{len(bad_rows):,} rows cannot be used; the first, {where}: {reason}")
+
+    from mlxvlm.weights.load import load_encoder
+
+    line = ProgressLine()
+    try:
+        summary = write_cache(
+            load_encoder(model, pool=pool, dtype=dtype, revision=revision),
+            sources[:limit],
+            out,
+            codec,
+            batch_size=batch_size,
+            strict=strict,
+            progress=line.show,
+        )
+    finally:
+        line.end()
+    if as_json:
+        typer.echo(json.dumps(describe(summary, out, bad_rows)))
+        return
+    list_skipped([*bad_rows, *summary.failures])
+    typer.echo(told(summary, out))
+
+
+def describe(summary: Summary, out: Path, bad_rows: list[tuple[str, str]]) -> dict[str, Any]:
+    """The summary as plain JSON."""
+    return {
+        "out": str(out),
+        "pictures": summary.total,
+        "known": summary.known,
+        "encoded": summary.encoded,
+        "duplicates": summary.duplicates,
+        "failures": [{"name": name, "reason": reason} for name, reason in summary.failures],
+        "bad_rows": [{"where": where, "reason": reason} for where, reason in bad_rows],
+        "views": summary.views,
+        "bytes": summary.bytes,
+        "shards": summary.shards,
+        "seconds": round(summary.seconds, 3),
+    }
+
+
+def told(summary: Summary, out: Path) -> str:
+    """The summary as one line."""
+    parts = [f"{summary.encoded:,} encoded"]
+    for count, what in (
+        (summary.known, "there already"),
+        (summary.duplicates, "the same as others"),
+        (len(summary.failures), "failed"),
+    ):
+        if count:
+            parts.append(f"{count:,} {what}")
+    return (
+        f"{out}: {summary.total:,} pictures ({', '.join(parts)}), {summary.bytes / 1e9:.2f} GB "
+        f"written in {duration(summary.seconds)}."
+    )
+
+
+class ProgressLine:
+    """One line on stderr that rewrites itself; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.on = sys.stderr.isatty()
+        self.width = 0
+
+    def show(self, summary: Summary) -> None:
+        if not self.on:
+            return
+        rate = summary.encoded / max(summary.seconds, 1e-9)
+        done_here = summary.done - summary.known
+        left = (summary.total - summary.done) * summary.seconds / max(done_here, 1)
+        text = (
+            f"{summary.done:,}/{summary.total:,} pictures  {rate:.1f} images/s  "
+            f"{summary.bytes / 1e9:.2f} GB  {duration(left)} left"
+        )
+        if summary.failures:
+            text += f"  {len(summary.failures):,} failed"
+        sys.stderr.write("\r" + text.ljust(self.width))
+        sys.stderr.flush()
+        self.width = len(text)
+
+    def end(self) -> None:
+        if self.width:
+            say("")

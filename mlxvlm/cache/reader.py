@@ -1,0 +1,193 @@
+"""Reading a cache: features by a picture's name or content, checked at every read."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import CacheError
+from ..images.picture import Features
+from .about import differences, plain, read_about
+from .codecs import codec_named
+from .format import PLAN, Row, Source, source_name
+from .index import Index, IndexDamaged, Totals
+from .records import OpenShards
+from .verify import verify_shards
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+T = TypeVar("T")
+
+
+class EmbeddingCache:
+    """A folder of features: `cache["a.jpg"]` or `cache[sha256]` -> Features.
+
+    Views are NumPy float32 [tokens, width], whatever the codec. Names are as in the data, relative
+    to the folder of images; a name given as an absolute path is looked up as it is, then relative
+    to `images`. Reads may come from any thread and in any order. len() counts pictures, a picture
+    under ten names once; iteration gives their sha256.
+    """
+
+    def __init__(self, folder: str | Path, images: str | Path | None = None):
+        self.folder = Path(folder)
+        self.images = Path(images) if images is not None else None
+        self.meta: dict[str, Any] = read_about(self.folder)
+        self.codec = codec_named(self.meta.get("codec"))
+        self._index: Index | None = Index.open(self.folder, self.meta)
+        self._checked = False  # whether the index has been read whole
+        self._lock = threading.Lock()
+        self._shards = OpenShards(self.folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, images: str | Path | None = None) -> EmbeddingCache:
+        """Opens a cache; CacheError if there is none, or a newer release wrote it."""
+        return cls(folder, images)
+
+    def close(self) -> None:
+        with self._lock:
+            index, self._index = self._index, None
+        self._shards.close()
+        if index:
+            index.close()
+
+    def __enter__(self) -> EmbeddingCache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A spawned worker opens the cache for itself.
+        return EmbeddingCache, (self.folder, self.images)
+
+    # Lookups
+
+    def __len__(self) -> int:
+        return self.totals().pictures
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pages(lambda index, after: index.pictures(after))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str | Path) and self._find(str(key)) is not None
+
+    def __getitem__(self, key: str | Path) -> Features:
+        label = str(key)
+        shard, row = self._found(label)
+        views = [
+            self.codec.decode(self._shards.read(shard, view, label), view.shape)
+            for view in row.views
+        ]
+        return Features(views, row.grid, row.size, row.sha256)
+
+    def num_views(self, key: str | Path) -> int:
+        """How many views a picture has, without reading them."""
+        return len(self._found(str(key))[1].views)
+
+    def names(self) -> Iterator[str]:
+        """Every name of the input, those of failures included."""
+        return self._pages(lambda index, after: index.names(after))
+
+    def failures(self) -> list[tuple[str, str]]:
+        """(name, reason) of the pictures that could not be cached."""
+        return [(s.name, s.reason) for s in self._sure(lambda index: index.failures())]
+
+    def damaged_shards(self) -> list[str]:
+        """What is wrong with shards that cannot be read at all; `verify` looks deeper."""
+        return list(self._sure(lambda index: index.problems()).values())
+
+    def totals(self) -> Totals:
+        """How much the cache holds."""
+        return self._sure(lambda index: index.totals())
+
+    def require(self, identity: dict[str, Any]) -> None:
+        """CacheError unless the features are those of the encoder with this identity."""
+        different = differences(self.meta.get("encoder", {}), plain(identity))
+        if different:
+            raise CacheError(
+                f"{self.folder} was made by another encoder; they differ in "
+                f"{'; '.join(different)}. Use the encoder that made it, or make a cache with this "
+                "one in another folder."
+            )
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Reads everything, and says what is damaged: a line each, naming pictures and shards."""
+        problems = verify_shards(self.folder, self.meta, progress)
+        self._sure(lambda index: index.check())
+        problems += [
+            f"{name} has lost its features, which a shard held that is gone or damaged: run the "
+            "same `mlxvlm cache-embeddings` again"
+            for name in self._sure(lambda index: index.lost())
+        ]
+        return problems
+
+    # Inside
+
+    def _found(self, key: str) -> tuple[int, Row]:
+        found = self._find(key)
+        if found is None:
+            raise CacheError(self._missing(key))
+        return found
+
+    def _find(self, key: str) -> tuple[int, Row] | None:
+        found = self._sure(lambda index: self._search(index, key))
+        if found is None and not self._checked:
+            # A damaged key hides its row: a miss is believed once the index was read whole.
+            self._sure(lambda index: index.check())
+            self._checked = True
+            found = self._sure(lambda index: self._search(index, key))
+        return found
+
+    def _search(self, index: Index, key: str) -> tuple[int, Row] | None:
+        if _SHA256.fullmatch(key):
+            found = index.picture(key, PLAN)
+            if found:
+                return found
+        source = self._source(index, key)
+        return index.picture(source.sha256, PLAN) if source and source.sha256 else None
+
+    def _source(self, index: Index, key: str) -> Source | None:
+        source = index.name(source_name(key))
+        if source is None and self.images is not None:
+            source = index.name(source_name(key, self.images))
+        return source
+
+    def _missing(self, key: str) -> str:
+        source = self._sure(lambda index: self._source(index, key))
+        damaged = self.damaged_shards()
+        if source and source.sha256 is None:
+            return f"{key} could not be cached in {self.folder}: {source.reason}."
+        if damaged:
+            return f"{key} is not to be found in {self.folder}, and {damaged[0]}"
+        return (
+            f"{key} is not in the cache {self.folder}: run `mlxvlm cache-embeddings` with data "
+            "that name it (names are relative to --images), or leave its rows out."
+        )
+
+    def _sure(self, ask: Callable[[Index], T]) -> T:
+        """Asks the index; one that turns out to be damaged is rebuilt first."""
+        index = self._need_index()
+        try:
+            return ask(index)
+        except IndexDamaged:
+            pass
+        with self._lock:
+            if self._index is index:
+                index.close()
+                self._index = Index.open(self.folder, self.meta, distrust=True)
+        return ask(self._need_index())
+
+    def _pages(self, ask: Callable[[Index, str], list[str]]) -> Iterator[str]:
+        page = self._sure(lambda index: ask(index, ""))
+        while page:
+            yield from page
+            last = page[-1]
+            page = self._sure(lambda index, last=last: ask(index, last))
+
+    def _need_index(self) -> Index:
+        if self._index is None:
+            raise CacheError(f"the cache {self.folder} was closed; open it again to read from it.")
+        return self._index
