@@ -1,0 +1,249 @@
+"""`mlxvlm chat`: a talk about pictures, or one answer."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxvlm.cli.boundary import describe
+from mlxvlm.errors import ConfigError, PictureError
+
+if TYPE_CHECKING:
+    from mlxvlm.chat import Conversation
+    from mlxvlm.reply import Chunk
+
+HELP = """\
+/image PATH...  show pictures; the next question is about them (quote a path with spaces)
+/clear          forget the conversation and its pictures
+/help           show this
+/exit           leave, as Ctrl-D does
+Ctrl-C stops an answer and keeps the conversation."""
+
+DEMO = "demo"
+
+
+def chat(
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="A folder or a hub id. Default: the small model that comes with mlxvlm.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Give one answer to TEXT and leave; '-' reads it from stdin.",
+        ),
+    ] = None,
+    adapter_path: Annotated[
+        str | None,
+        typer.Option("--adapter-path", metavar="DIR", help="Adapters that `mlxvlm lora` trained."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")
+    ] = 256,
+    temp: Annotated[
+        float, typer.Option("--temp", min=0.0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")
+    ] = 1.0,
+    system: Annotated[
+        str, typer.Option("--system", metavar="TEXT", help="The system message.")
+    ] = "",
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Makes sampling repeatable.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="One JSON object on stdout, timings too; without -p, stdin is the question.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: as stored."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Let IMAGE be an http(s) address.")
+    ] = False,
+) -> None:
+    """Talk about pictures: a prompt loop, or one answer with -p."""
+    paths = [_checked(image) for image in images or []]
+    question = _question(prompt, as_json)
+
+    from mlxvlm.chat import Conversation
+    from mlxvlm.weights.load import load
+
+    vlm = load(
+        model or str(_demo()),
+        adapter=adapter_path,
+        dtype=dtype,
+        revision=revision,
+        report=lambda download: _note(str(download)),
+    )
+    if model is None and not as_json:
+        _note(vlm.config.about or "This is the small model that comes with mlxvlm.")
+        _note("-m names a real model: a folder or a hub id.")
+    conversation = Conversation(
+        vlm,
+        system=_text(system),
+        allow_urls=allow_urls,
+        max_tokens=max_tokens,
+        temperature=temp,
+        top_p=top_p,
+        seed=seed,
+    )
+    conversation.add(*paths)
+    if question is None:
+        _loop(conversation)
+    elif as_json:
+        from mlxvlm.reply import last_reply
+
+        reply = asdict(last_reply(conversation.ask(question)))
+        del reply["tokens"]
+        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **reply}))
+    else:
+        _say(conversation.ask(question))
+
+
+def _loop(conversation: Conversation) -> None:
+    """Reads lines until /exit or the end of input; each is a command or a question."""
+    if sys.stdin.isatty():
+        try:
+            import readline  # noqa: F401  gives input() its line editing
+        except ImportError:
+            pass
+        _note("/help lists the commands; Ctrl-D leaves.")
+    while True:
+        try:
+            line = _read_line()
+        except EOFError:
+            if sys.stdin.isatty():
+                _note("")
+            return
+        except KeyboardInterrupt:
+            _note("\n(/exit or Ctrl-D leaves)")
+            continue
+        command, _, rest = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            return
+        try:
+            if command == "/help":
+                _note(HELP)
+            elif command == "/clear":
+                conversation.clear()
+                _note("(forgotten, pictures too)")
+            elif command == "/image":
+                _show(conversation, rest.strip())
+            elif command.startswith("/") and not line.startswith("//") and "/" not in command[1:]:
+                _note(f"There is no command {command}; /help lists them.")
+            elif line:
+                _say(conversation.ask(line))
+        except KeyboardInterrupt:
+            _note("(stopped)")
+        except Exception as error:
+            # What a user can mend ends the turn, not the conversation.
+            if (message := describe(error)) is None:
+                raise
+            _note(f"mlxvlm: error: {message}")
+
+
+def _show(conversation: Conversation, rest: str) -> None:
+    """/image: adds the pictures whose paths are in `rest`."""
+    if not rest:
+        raise PictureError("/image wants at least one path: /image cat.jpg 'my dog.png'")
+    try:
+        # Typed by hand, a path may hold a bare space or apostrophe: it is one if the file exists.
+        paths = [rest] if Path(rest).expanduser().is_file() else shlex.split(rest)
+    except ValueError:
+        raise PictureError(f"the quotes in {rest!r} do not match.") from None
+    conversation.add(*[_checked(path) for path in paths])
+    waiting = conversation.waiting
+    _note(f"({waiting} picture{'s' if waiting > 1 else ''} for the next question)")
+
+
+def _say(chunks: Generator[Chunk, None, None]) -> None:
+    """Streams an answer to stdout and ends its line, also where it is cut short."""
+    with closing(chunks):
+        try:
+            for chunk in chunks:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+        finally:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return _text(input("> ")).strip()
+    if sys.stdin.isatty():
+        typer.echo("> ", nl=False, err=True)  # stdout is a file or a pipe, for answers alone
+    line = sys.stdin.buffer.readline().decode("utf-8", "replace")
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+def _question(prompt: str | None, as_json: bool) -> str | None:
+    """The text of -p, or None for a prompt loop. --json alone reads stdin, as `-p -` does."""
+    if prompt is None and as_json:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("it needs the question: -p TEXT.", param_hint="--json")
+        prompt = "-"
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    return None if prompt is None else _text(prompt).strip()
+
+
+def _checked(image: str) -> str:
+    """A picture's path, known to exist before a model is loaded for it; a URL as it is."""
+    if "://" in image:
+        return image
+    path = Path(image).expanduser()
+    if not path.exists():
+        raise PictureError(f"there is no picture {image}.")
+    return str(path)
+
+
+def _text(raw: str) -> str:
+    """Bytes that are no UTF-8 reach Python as lone surrogates, which no tokenizer takes."""
+    return raw.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _demo() -> Path:
+    import mlxvlm.weights
+
+    folder = Path(mlxvlm.weights.__file__).parent / DEMO
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"the small model is missing from this installation ({folder}). Name a model with -m."
+        )
+    return folder
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)

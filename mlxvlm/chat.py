@@ -1,0 +1,137 @@
+"""A conversation about pictures.
+
+chat = Conversation(vlm)
+chat.add("cat.jpg")
+for chunk in chat.ask("What is this?"):
+    print(chunk.text, end="")
+for chunk in chat.ask("What colour is it?"):  # the encoder does not run again
+    ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .errors import PromptError
+from .images.picture import Features, Picture
+from .reply import Chunk, answer
+
+if TYPE_CHECKING:
+    from .model import VLM
+
+
+class Conversation:
+    """Messages and pictures, turn after turn.
+
+    A picture is encoded once, by content: shown again, or in a later turn, its features are reused.
+    Answers are those of `vlm.generate(chat.messages, chat.pictures)` at each turn.
+
+    system: what the system message says; empty means the layout's default.
+    options: as in `reply.stream`, for every question unless `ask` says otherwise.
+    """
+
+    def __init__(self, vlm: VLM, *, system: str = "", allow_urls: bool = False, **options: Any):
+        self.vlm = vlm
+        self.system = system
+        self.allow_urls = allow_urls
+        self.options = options
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets messages and pictures; keeps the system message and options."""
+        self.messages: list[dict[str, Any]] = []
+        if self.system:
+            self.messages.append({"role": "system", "content": self.system})
+        self.pictures: list[Picture | Features] = []
+        self._waiting = 0
+        self._features: dict[tuple[Any, ...], Features] = {}
+
+    def add(self, *images: Any) -> list[Picture | Features]:
+        """Opens pictures for the next question: what `vlm.look` takes, or Picture or Features.
+
+        All of them or, if one cannot be read, none.
+        """
+        added = [
+            image
+            if isinstance(image, (Picture, Features))
+            else self.vlm.look([image], allow_urls=self.allow_urls)[0]
+            for image in images
+        ]
+        self.pictures += added
+        self._waiting += len(added)
+        return added
+
+    @property
+    def waiting(self) -> int:
+        """How many of the last pictures no question has been asked about yet."""
+        return self._waiting
+
+    def ask(self, text: str, **options: Any) -> Generator[Chunk, None, None]:
+        """Asks, and yields the answer as `vlm.stream` does.
+
+        The turn is kept as far as its answer got: closed early, the words so far stand as the
+        answer, and a question that got none is forgotten while its pictures go on waiting.
+        """
+        started = time.perf_counter()
+        if not text.strip() and not self._waiting:
+            raise PromptError("there is no question: give a text, a picture, or both.")
+        parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(self._waiting)]
+        if text:
+            parts.append({"type": "text", "text": text})
+        question = {"role": "user", "content": parts}
+        prompt = self.vlm.tokenize(
+            [*self.messages, question], self.pictures, add_generation_prompt=True
+        )
+        chunks = answer(
+            self.vlm, prompt, encode=self._encode, started=started, **{**self.options, **options}
+        )
+        return self._kept(question, chunks)
+
+    def _kept(
+        self, question: dict[str, Any], chunks: Generator[Chunk, None, None]
+    ) -> Generator[Chunk, None, None]:
+        messages = self.messages  # clear() starts another list: a stream still open leaves it alone
+        pieces: list[str] = []
+        done = False
+        try:
+            with closing(chunks):
+                for chunk in chunks:
+                    pieces.append(chunk.text)
+                    done = chunk.reply is not None
+                    yield chunk
+        finally:
+            text = "".join(pieces)
+            if (done or text) and messages is self.messages:
+                messages += [question, {"role": "assistant", "content": text}]
+                self._waiting = 0
+
+    def _encode(self, pictures: list[Picture | Features]) -> list[Features]:
+        """Features of pictures, from memory where their content has been seen."""
+        new = {
+            _key(picture): picture
+            for picture in pictures
+            if isinstance(picture, Picture) and _key(picture) not in self._features
+        }
+        if new:
+            features = self.vlm.features(list(new.values()))
+            # Now, not lazily with the prompt: the tower's memory is free before the prefill.
+            mx.eval([view for item in features for view in item.views])
+            self._features.update(zip(new, features, strict=True))
+        return [p if isinstance(p, Features) else self._features[_key(p)] for p in pictures]
+
+
+def _key(picture: Picture) -> tuple[Any, ...]:
+    """What a picture's features depend on: its content and how it was tiled."""
+    content = picture.sha256
+    if content is None:
+        digest = hashlib.sha256()
+        for view in picture.views:
+            digest.update(view.tobytes())
+        content = digest.hexdigest()
+    return content, picture.grid, tuple((v.shape, str(v.dtype)) for v in picture.views)

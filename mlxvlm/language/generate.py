@@ -1,0 +1,199 @@
+"""Tokens out of a language model: prefill from embeddings, then sample, through mlx-lm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Generator
+from contextlib import closing
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import ConfigError
+
+# Positions that one prefill call takes: bounds the attention's memory on long prompts.
+PREFILL_STEP_SIZE = 2048
+
+# How many of the latest tokens a repetition penalty looks at (mlx-lm's own default).
+REPETITION_CONTEXT_SIZE = 20
+
+
+def generate_tokens(
+    lm: Any,
+    tokens: np.ndarray,
+    embeddings: mx.array,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+    banned_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    prompt_cache: Any = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+) -> Generator[int, None, None]:
+    """Yields at most `max_tokens` ids; an id of `stop_ids` is yielded and ends it.
+
+    lm: an mlx-lm Model that takes `input_embeddings`.
+    tokens: [L] ids of the prompt. They serve the repetition penalty, which sees text alone: a
+        position that holds a banned id (the image token) does not count, and such an id may lie
+        outside the table.
+    embeddings: [L, D], what the model reads in their stead.
+    banned_ids: never sampled, whatever their logits. vocab_size: nor is any id from it on, so rows
+        that pad the table past the tokenizer's last id stay silent.
+    seed: makes sampling a function of it, with keys of its own; without one the keys come from
+        MLX's global state (`mx.random.seed`). Greedy decoding (temperature 0) draws nothing.
+    prompt_cache: KV caches to start from and to fill; fresh ones otherwise.
+
+    All runs on the default stream at the first token. Close a generator that is left early.
+    """
+    check_settings(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        prefill_step_size=prefill_step_size,
+    )
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or embeddings.ndim != 2 or len(tokens) != len(embeddings):
+        raise ValueError(
+            f"tokens {tokens.shape} and embeddings {embeddings.shape} must be [L], [L, D]"
+        )
+    if not len(tokens):
+        raise ValueError("an empty prompt has nothing to go on from")
+    spoken = ~np.isin(tokens, np.fromiter(banned_ids, np.int64))
+    processors = [_mute(banned_ids, vocab_size)]
+    if repetition_penalty is not None:
+        processors.append(_penalise(repetition_penalty, tokens[spoken], len(tokens)))
+    settings = {
+        "max_tokens": max_tokens,
+        "sampler": _sampler(temperature, top_p, top_k, min_p, seed),
+        "logits_processors": processors,
+        "prompt_cache": prompt_cache,
+        "prefill_step_size": prefill_step_size,
+    }
+    # Masked positions get id 0: the embeddings rule, but an id must stay inside the table.
+    return _run(lm, np.where(spoken, tokens, 0), embeddings, frozenset(stop_ids), settings)
+
+
+def _run(
+    lm: Any,
+    ids: np.ndarray,
+    embeddings: mx.array,
+    stop_ids: frozenset[int],
+    settings: dict[str, Any],
+) -> Generator[int, None, None]:
+    from mlx_lm.generate import generate_step
+
+    # It yields from inside a stream's context; on mlx-lm's own stream, the caller's work between
+    # tokens would land there too, and two generators would restore each other's.
+    home = mx.default_stream(mx.default_device())
+    prompt = mx.array(ids.astype(np.int32))
+    with closing(
+        generate_step(prompt, lm, stream=home, input_embeddings=embeddings, **settings)
+    ) as steps:
+        for step, _ in steps:
+            token = int(step)  # an int already, but typed as an array
+            yield token
+            if token in stop_ids:
+                break
+
+
+def _sampler(
+    temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
+) -> Callable[[mx.array], mx.array]:
+    """From [1, V] log-probabilities to [1] ids."""
+    if temperature == 0:
+        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    key = None if seed is None else mx.random.key(seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        if top_p < 1:
+            logprobs = apply_top_p(logprobs, top_p)
+        if min_p > 0:
+            logprobs = apply_min_p(logprobs, min_p)
+        if 0 < top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, top_k)
+        draw = None
+        if key is not None:
+            key, draw = mx.random.split(key)
+        return mx.random.categorical(logprobs * (1 / temperature), key=draw)
+
+    return sample
+
+
+def _mute(banned_ids: Collection[int], vocab_size: int | None) -> Callable[..., mx.array]:
+    """A logits processor: -inf at the banned ids; float32, because bf16 logs would make ties."""
+    bias: mx.array | None = None
+
+    def mute(_tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal bias
+        if bias is None:
+            host = np.zeros(logits.shape[-1], dtype=np.float32)
+            host[[i for i in banned_ids if 0 <= i < len(host)]] = -math.inf
+            host[vocab_size if vocab_size is not None else len(host) :] = -math.inf
+            bias = mx.array(host)
+        return logits.astype(mx.float32) + bias
+
+    return mute
+
+
+def _penalise(penalty: float, text: np.ndarray, prompt_length: int) -> Callable[..., mx.array]:
+    """mlx-lm's repetition penalty over the prompt's `text` ids and what was generated since."""
+    from mlx_lm.sample_utils import make_logits_processors
+
+    (inner,) = make_logits_processors(
+        repetition_penalty=penalty, repetition_context_size=REPETITION_CONTEXT_SIZE
+    )
+    context = mx.array(text.astype(np.int32))
+
+    def penalise(tokens: mx.array, logits: mx.array) -> mx.array:
+        answer = tokens[prompt_length:].astype(mx.int32)
+        return inner(mx.concatenate([context, answer]), logits)
+
+    return penalise
+
+
+def check_settings(
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+) -> None:
+    """Refuses what `generate_tokens` could not mean, before any work is done."""
+    penalty = repetition_penalty
+    rules = (
+        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "at least 0 (0 is greedy)"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1] (1 keeps every token)"),
+        ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps every token)"),
+        ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1] (0 keeps every token)"),
+        (
+            "repetition_penalty",
+            penalty,
+            penalty is None or 0 < penalty < math.inf,
+            "above 0 (1 changes nothing)",
+        ),
+        ("seed", seed, seed is None or 0 <= seed < 2**63, "in [0, 2^63)"),
+        ("prefill_step_size", prefill_step_size, prefill_step_size >= 1, "at least 1"),
+    )
+    for name, value, holds, rule in rules:
+        if not holds:
+            raise ConfigError(f"{name} (={value}) must be {rule}.")
