@@ -1,0 +1,60 @@
+"""Progress of long commands, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class Progress:
+    """Prints what a run reports, a line at a time."""
+
+    def training(self, kind: str, values: dict[str, Any]) -> None:
+        if kind == "data":
+            say(f"{values['data']}: {values['rows']:,} rows")
+            list_skipped(values["skipped"])
+        elif kind == "step":
+            seconds = max(values["seconds"], 1e-9)
+            rate, learnt = values["tokens"] / seconds, values["supervised_tokens"] / seconds
+            loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+            others = "".join(
+                f"  {name[:-5]} {value:.3f}"
+                for name, value in values.items()
+                if name.endswith("_loss") and name != "val_loss"
+            )
+            say(
+                f"step {values['step']:,}/{values['steps']:,}  loss {loss}{others}"
+                f"  lr {values['lr']:.2e}  {rate:,.0f} tok/s ({learnt:,.0f} supervised)"
+                f"  {values['peak_memory_gb']:.1f} GB"
+                f"  {duration(values['left_s'])} left"
+            )
+        elif kind == "eval":
+            say(f"step {values['step']:,}  validation loss {values['val_loss']:.4f}")
+        elif kind == "checkpoint":
+            say(f"step {values['step']:,}  saved {values['path']}")
+        elif kind == "done" and values["failed_pictures"]:
+            list_skipped(values["failed_pictures"])
+
+
+def list_skipped(skipped: list[tuple[str, str]], most: int = 5) -> None:
+    """Names the first few rows that were left out, and counts the others."""
+    if not skipped:
+        return
+    say(f"left out {len(skipped):,}:")
+    for where, reason in skipped[:most]:
+        say(f"  {where}: {reason}")
+    if len(skipped) > most:
+        say(f"  ... and {len(skipped) - most:,} more")
+
+
+def duration(seconds: float) -> str:
+    """3 s, 2 min, 4.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

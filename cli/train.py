@@ -1,0 +1,86 @@
+"""`mlxvlm pretrain`, `sft`, `lora`: one engine, three sets of defaults.
+
+The flags are TrainConfig's fields, so that each default and each help text lives once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import typer
+
+from mlxvlm.cli.progress import Progress
+from mlxvlm.train.stages import STAGES, TrainConfig, flag_name, stage_config
+
+SHORT = {"model": "-m"}
+KINDS = {"str": str, "int": int, "float": float, "bool": bool}
+
+HELP = {
+    "pretrain": "Train a projector: align an encoder's features with a frozen language model.",
+    "sft": "Fine-tune projector and language model on conversations about pictures.",
+    "lora": "Train low-rank adapters on the language model, and the projector with them.",
+}
+
+
+def train(stage: str, flags: dict[str, Any]) -> None:
+    recipe, as_json = flags.pop("config"), flags.pop("as_json")
+    config = stage_config(stage, flags, recipe)
+
+    from mlxvlm.train.loop import Trainer
+
+    progress = Progress()
+    summary = Trainer(config, progress.training).run()
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    use = "--adapter-path" if "lora:lm" in config.parts else "-m"
+    base = f"-m {config.model} " if use == "--adapter-path" else ""
+    typer.echo(f"Saved {summary['out']}. Talk to it: mlxvlm chat {base}{use} {summary['out']}")
+
+
+def command(stage: str) -> Any:
+    """The typer command of a stage, with a signature made from TrainConfig."""
+
+    def run(**flags: Any) -> None:
+        train(stage, flags)
+
+    parameters = [
+        _parameter("config", str, "Recipe (TOML) with the same names as the flags; flags win."),
+        *_from_config(stage),
+        _parameter("as_json", bool, "Print the summary as one JSON object.", ["--json"], False),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__name__ = stage
+    run.__doc__ = HELP[stage]
+    return run
+
+
+def _from_config(stage: str) -> list[inspect.Parameter]:
+    found = []
+    for name, entry in TrainConfig.__dataclass_fields__.items():
+        if "help" not in entry.metadata:
+            continue
+        default = STAGES[stage].get(name, entry.default)
+        shown = "" if default in ("", False) else f" [default: {default}]"
+        names = [flag_name(name), *([SHORT[name]] if name in SHORT else [])]
+        kind = KINDS[str(entry.type)]
+        found.append(_parameter(name, kind, entry.metadata["help"] + shown, names))
+    return found
+
+
+def _parameter(
+    name: str, kind: type, text: str, names: list[str] | None = None, default: Any = None
+) -> inspect.Parameter:
+    # None means "not given": a recipe's value, or the stage's default, then holds.
+    option = typer.Option(default, *(names or [flag_name(name)]), help=text, show_default=False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=option,
+        annotation=kind if default is not None else kind | None,
+    )
+
+
+pretrain, sft, lora = (command(stage) for stage in STAGES)

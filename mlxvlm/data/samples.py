@@ -1,0 +1,178 @@
+"""Rows made ready: tokens, what is supervised, and where auxiliary targets sit.
+
+A row is rendered and tokenised once, before the first step, so that lengths are known and a row
+that cannot be used is left out with its reason instead of ending a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import ModelConfig
+from ..errors import DataError, VLMError
+from ..prompts import Prompt, normalize_messages, render
+from ..prompts.layout import render_many
+from .records import Record
+
+if TYPE_CHECKING:
+    from ..language.tokenizer import Tokenizer
+
+
+# Rows tokenised in one call.
+TOGETHER = 1024
+
+
+@dataclass
+class Target:
+    """At `position`, a hidden state should name `words` (token ids) with these `masses` (sum 1)."""
+
+    position: int
+    words: np.ndarray
+    masses: np.ndarray
+
+
+@dataclass
+class Sample:
+    """One row: int32 tokens [L], bool supervised [L], the pictures' names, and the length of the
+    part that ends with the last picture and holds nothing supervised (0 without pictures)."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    images: list[str]
+    prefix: int = 0
+    targets: dict[str, list[Target]] = field(default_factory=dict)
+
+
+def prepare(
+    records: Iterable[tuple[str, Record | VLMError]],
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    count_views: Callable[[str], int],
+    max_seq_length: int,
+    targets: Iterable[str] = (),
+) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """Samples of all usable rows, and (where, reason) of the others.
+
+    count_views: how many views the encoder (or the cache) has of a picture; a VLMError from it
+    costs the row. `targets` are the names of auxiliary targets to keep.
+    """
+    samples: list[Sample] = []
+    skipped: list[tuple[str, str]] = []
+    words = _Words(tokenizer)
+    rest = iter(records)
+    while stretch := list(islice(rest, TOGETHER)):
+        rows: list[_Row] = []
+        for where, record in stretch:
+            try:
+                if isinstance(record, VLMError):
+                    raise record
+                parts, images = normalize_messages(record.messages, record.images)
+                counts = [count_views(name) * config.tokens_per_view for name in images]
+                rows.append(_Row(where, record, parts, list(images), counts))
+            except VLMError as error:
+                skipped.append((where, str(error)))
+        for row, prompt in zip(rows, _render(rows, tokenizer, config), strict=True):
+            try:
+                if isinstance(prompt, VLMError):
+                    raise prompt
+                samples.append(_sample(row, prompt, max_seq_length, targets, words))
+            except VLMError as error:
+                skipped.append((row.where, str(error)))
+    return samples, skipped
+
+
+@dataclass
+class _Row:
+    where: str
+    record: Record
+    parts: list[dict[str, Any]]
+    images: list[str]
+    counts: list[int]
+
+
+def _render(rows: list[_Row], tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt | VLMError]:
+    """All rows at once, on all cores; where one of them fails, one by one."""
+    try:
+        return [*render_many([(r.parts, r.counts) for r in rows], tokenizer, config.prompt, False)]
+    except VLMError:
+        found: list[Prompt | VLMError] = []
+        for row in rows:
+            try:
+                found.append(render(row.parts, row.counts, tokenizer, config.prompt, False))
+            except VLMError as error:
+                found.append(error)
+        return found
+
+
+def _sample(
+    row: _Row, prompt: Prompt, max_seq_length: int, targets: Iterable[str], words: _Words
+) -> Sample:
+    length = len(prompt.tokens)
+    if length > max_seq_length:
+        raise DataError(
+            f"{length} tokens are more than --max-seq-length {max_seq_length} "
+            f"({sum(row.counts)} of them visual)."
+        )
+    if not prompt.supervised.any():
+        raise DataError("nothing is supervised: no assistant turn has an answer.")
+    end = max((start + n for start, n in prompt.slots), default=0)
+    raw = row.record.targets or {}
+    found = {name: [_target(each, prompt, words) for each in raw.get(name, [])] for name in targets}
+    return Sample(
+        tokens=prompt.tokens,
+        supervised=prompt.supervised,
+        images=row.images,
+        prefix=0 if prompt.supervised[:end].any() else end,
+        targets={name: kept for name, kept in found.items() if kept},
+    )
+
+
+def _target(raw: dict[str, Any], prompt: Prompt, words: _Words) -> Target:
+    """A target names its place as (image, token) or as (turn, end), end being just past a word."""
+    try:
+        if "image" in raw:
+            start, length = prompt.slots[raw["image"]]
+            if not 0 <= raw["token"] < length:
+                raise DataError(f"target {raw} lies outside its picture's {length} tokens.")
+            position = start + raw["token"]
+        else:
+            last = raw["end"] - 1
+            hits = np.flatnonzero(
+                (prompt.turns == raw["turn"])
+                & (prompt.chars[:, 0] <= last)
+                & (prompt.chars[:, 1] > last)
+            )
+            if not len(hits):
+                raise DataError(f"target {raw} points at no token of its turn.")
+            position = int(hits[-1])
+        named = raw["words"]
+        masses = dict.fromkeys(named, 1.0) if isinstance(named, list) else named
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(f"target {raw} lacks or misstates {error}.") from None
+    total = sum(masses.values())
+    return Target(
+        position,
+        np.array([words[word] for word in masses], dtype=np.int32),
+        np.array([mass / total for mass in masses.values()], dtype=np.float32),
+    )
+
+
+class _Words(dict):
+    """Token ids of words as they stand inside a sentence, each exactly one token."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, word: str) -> int:
+        for text in (" " + word, word):
+            ids, _ = self.tokenizer.encode(text)
+            if len(ids) == 1:
+                self[word] = ids[0]
+                return ids[0]
+        raise DataError(f"target word {word!r} is not one token of this tokenizer.")

@@ -1,0 +1,1 @@
+"""Training: stages, losses, one loop, checkpoints."""

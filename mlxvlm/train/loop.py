@@ -1,0 +1,301 @@
+"""The training loop: one for all stages.
+
+rows -> samples -> batches -> features (cache, or the frozen encoder outside the gradient)
+     -> projector -> language model -> loss at supervised positions -> AdamW
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..cache import EmbeddingCache
+from ..config import LoRAConfig
+from ..data.buckets import Batch
+from ..data.feed import Feed, Pictures
+from ..data.samples import prepare
+from ..data.sources import read_rows
+from ..errors import ConfigError, DataError, VLMError
+from ..language.forward import check_head
+from ..language.lora import add_lora
+from ..weights.adapter import save_adapter
+from ..weights.load import load
+from ..weights.save import save
+from . import checkpoint
+from .losses import batch_loss, count
+from .optimizer import Optimizer, clip, learning_rate
+from .stages import TrainConfig, fingerprint
+
+METRICS = "metrics.jsonl"
+# This many steps in a row without a finite loss end a run.
+MAX_BAD_STEPS = 3
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+class Trainer:
+    """One run: its model, data, optimizer and place.
+
+    `report(kind, values)` is told "data", "step", "eval", "checkpoint" and "done" as they happen.
+    """
+
+    def __init__(self, config: TrainConfig, report: Report | None = None):
+        self.config = config
+        self.report = report or (lambda kind, values: None)
+        self.out = Path(config.out)
+        self.vlm = load(config.model)
+        self.stored_dtype = _dtype(self.vlm.language)
+        self.lora: LoRAConfig | None = None
+        mx.random.seed(config.seed)
+        self._freeze()
+        self.cache = EmbeddingCache.open(config.cache) if config.cache else None
+        self.feed = self._feed(config.data)
+        self.val = self._feed(config.val_data) if config.val_data else None
+        micro = config.grad_accumulation_steps
+        self.steps = config.iters or math.ceil(config.epochs * self.feed.batches_per_epoch / micro)
+        self.optimizer = Optimizer(config, self.trainable())
+        self.gradient = nn.value_and_grad(self.vlm, batch_loss)
+        self.step = 0
+
+    def _freeze(self) -> None:
+        vlm, parts = self.vlm, self.config.parts
+        check_head(vlm.language)
+        vlm.freeze()
+        if "projector" in parts:
+            vlm.projector.unfreeze()
+            vlm.projector.set_dtype(mx.float32)
+        if "lm" in parts:
+            if vlm.config.quantization and any(
+                isinstance(m, nn.QuantizedLinear) for m in vlm.language.modules()
+            ):
+                raise ConfigError(
+                    "a quantised language model cannot be trained itself; train adapters on it "
+                    "with `mlxvlm lora`, or start from an unquantised one."
+                )
+            vlm.language.unfreeze()
+            # float32 masters: a bf16 weight would swallow most updates at these learning rates.
+            vlm.language.set_dtype(mx.float32)
+        if "lora:lm" in parts:
+            self.lora = self.config.lora()
+            add_lora(vlm.language, self.lora)
+        mx.eval(vlm.parameters())
+
+    def trainable(self) -> dict[str, mx.array]:
+        return dict(tree_flatten(self.vlm.trainable_parameters()))
+
+    def _feed(self, data: str) -> Feed:
+        config = self.config
+        root = Path(config.images or (Path(data) if Path(data).is_dir() else Path(data).parent))
+        pictures = Pictures(self.vlm.encoder, root, self.cache)
+        assert self.vlm.tokenizer is not None
+        samples, skipped = prepare(
+            read_rows(data),
+            self.vlm.tokenizer,
+            self.vlm.config,
+            pictures.count_views,
+            config.max_seq_length,
+            tuple(config.targets),
+        )
+        self.report("data", {"data": data, "rows": len(samples), "skipped": skipped})
+        if skipped and (config.strict or not samples):
+            where, reason = skipped[0]
+            raise DataError(f"{data}: {len(skipped)} rows cannot be used; {where}: {reason}")
+        if not samples:
+            raise DataError(f"{data} has no rows.")
+        return Feed(
+            samples,
+            pictures,
+            config.batch_size,
+            config.length_multiple,
+            config.share_prefix,
+            config.seed,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, saves the result in `out`, and returns a summary."""
+        config = self.config
+        self.out.mkdir(parents=True, exist_ok=True)
+        if config.resume:
+            self.step, weights = checkpoint.load(self.out, self.optimizer, fingerprint(config))
+            self.vlm.update(tree_unflatten(list(weights.items())))
+        elif checkpoint.steps(self.out):
+            raise ConfigError(
+                f"{self.out} holds checkpoints of an earlier run; add --resume, or name another "
+                "--out."
+            )
+        metrics = _open_metrics(self.out / METRICS, self.step)
+        reading = self.feed.read(self.step * config.grad_accumulation_steps)
+        bad = 0
+        started = time.perf_counter()
+        first = self.step
+        try:
+            with _finish_step_on_interrupt() as interrupted:
+                while self.step < self.steps:
+                    line = self._step(
+                        [next(reading) for _ in range(config.grad_accumulation_steps)]
+                    )
+                    bad = 0 if line["loss"] is not None else bad + 1
+                    if bad == MAX_BAD_STEPS:
+                        raise VLMError(
+                            f"{bad} steps in a row gave no finite loss (step {self.step}). Lower "
+                            "--learning-rate, or --resume from the last checkpoint."
+                        )
+                    last = self.step == self.steps
+                    if self.val and (last or _every(self.step, config.steps_per_eval)):
+                        line["val_loss"] = self.evaluate(self.val)
+                        self.report("eval", line)
+                    metrics.write(json.dumps(line) + "\n")
+                    metrics.flush()
+                    if last or _every(self.step, config.steps_per_report):
+                        left = (time.perf_counter() - started) / (self.step - first)
+                        self.report(
+                            "step",
+                            line | {"steps": self.steps, "left_s": left * (self.steps - self.step)},
+                        )
+                    if not last and (interrupted.is_set() or _every(self.step, config.save_every)):
+                        self._checkpoint()
+                    if interrupted.is_set() and not last:
+                        raise KeyboardInterrupt
+        finally:
+            reading.close()
+            metrics.close()
+        self._save()
+        summary = {
+            "out": str(self.out),
+            "steps": self.steps,
+            "loss": line["loss"] if first < self.steps else None,
+            "seconds": round(time.perf_counter() - started, 3),
+            "failed_pictures": self.feed.failed,
+        }
+        self.report("done", summary)
+        return summary
+
+    def _step(self, items: list[tuple[Batch | None, list[Any]]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        config = self.config
+        # Randomness (dropout) is a function of seed and step, so that a resumed run repeats it.
+        mx.random.seed(config.seed + 1_000_003 * (self.step + 1))
+        batches = [(batch, found) for batch, found in items if batch is not None]
+        totals = count([batch for batch, _ in batches])
+        parameters = self.trainable()
+        gradients: dict[str, mx.array] = {}
+        parts: dict[str, mx.array] = {}
+        for batch, found in batches:
+            views = self.feed.pictures.views(found)
+            (_, here), tree = self.gradient(
+                self.vlm, batch, views, config.targets, totals, config.grad_checkpoint
+            )
+            flat = dict(tree_flatten(tree))
+            gradients = {k: gradients[k] + g if gradients else g for k, g in flat.items()}
+            parts = {k: parts.get(k, mx.array(0.0)) + v for k, v in here.items()}
+            if len(batches) > 1:
+                mx.eval(gradients, parts)
+        # Tracing leaves its own arrays in the modules; the true ones go back before anything else.
+        self.vlm.update(tree_unflatten(list(parameters.items())))
+        share = learning_rate(config, self.step, self.steps)
+        norm: Any = mx.array(math.nan)
+        if batches:
+            gradients, norm = clip(gradients, config.max_grad_norm)
+            mx.eval(norm, parts)
+        good = math.isfinite(norm.item())
+        if good:
+            updated = self.optimizer.apply(gradients, parameters, share)
+            self.vlm.update(tree_unflatten(list(updated.items())))
+            mx.eval(updated, self.optimizer.state)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.num_tokens for batch, _ in batches)
+        line: dict[str, Any] = {"step": self.step, "loss": parts["loss"].item() if good else None}
+        line |= {f"{k}_loss": v.item() for k, v in parts.items() if k != "loss"}
+        return line | {
+            "tokens": tokens,
+            "supervised_tokens": int(totals["loss"]),
+            "rows": sum(batch.rows for batch, _ in batches),
+            "lr": share * config.learning_rate,
+            "grad_norm": norm.item() if good else None,
+            "seconds": round(seconds, 4),
+            "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
+        }
+
+    def evaluate(self, feed: Feed) -> float:
+        """Loss per supervised token over all rows of `feed`, without auxiliary targets."""
+        loss, tokens = 0.0, 0
+        for batch, found in feed.once():
+            if batch is None:
+                continue
+            batch.targets = {}
+            total, _ = batch_loss(self.vlm, batch, feed.pictures.views(found), {}, {"loss": 1.0})
+            loss += float(total.item())  # type: ignore[arg-type]
+            tokens += batch.supervised_tokens
+        return loss / max(1, tokens)
+
+    def _checkpoint(self) -> None:
+        config = self.config
+        path = checkpoint.save(
+            self.out, self.step, self.trainable(), self.optimizer, fingerprint(config), config.keep
+        )
+        self.report("checkpoint", {"step": self.step, "path": str(path)})
+
+    def _save(self) -> None:
+        if self.lora is not None:
+            save_adapter(self.vlm, self.lora, self.out, "projector" in self.config.parts)
+            return
+        if "lm" in self.config.parts:
+            self.vlm.language.set_dtype(self.stored_dtype)
+        save(self.vlm, self.out)
+
+
+def _dtype(module: nn.Module) -> mx.Dtype:
+    leaves: list[Any] = [v for _, v in tree_flatten(module.parameters())]
+    return next(v.dtype for v in leaves if mx.issubdtype(v.dtype, mx.floating))
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _open_metrics(path: Path, step: int) -> Any:
+    """metrics.jsonl, without the lines of steps that a resumed run does again."""
+    kept = []
+    if step and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                break
+    handle = path.open("w", encoding="utf-8")
+    handle.writelines(line + "\n" for line in kept)
+    return handle
+
+
+@contextmanager
+def _finish_step_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C lets the step end and saves it; a second one interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(signum: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)

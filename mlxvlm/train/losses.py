@@ -1,0 +1,129 @@
+"""What a step minimises: cross-entropy at supervised positions, plus auxiliary targets.
+
+    loss = sum of -log p(label) over supervised tokens / their number in the whole step
+         + for each auxiliary target:  weight * mean of -sum of mass * log p(word)
+
+Logits exist at supervised positions only: with a vocabulary of 128,256 and 60 answers of 1,024
+positions that is 31 MB instead of 525. Past `CHUNK` logits they are made in pieces, recomputed in
+the backward pass, so a long answer costs no more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..data.buckets import Batch
+from ..language.forward import head, head_module, hidden_states
+from ..language.prefix import BranchCache, prefix_caches
+from ..model import VLM
+from .stages import AuxiliaryTarget
+
+# Logits made at once: 32 Mi values are 128 MB in float32.
+CHUNK = 32 * 1024 * 1024
+
+
+def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    """float32 loss [S] of logits [S, V]; labels must lie inside the vocabulary."""
+    # The CPU path reduces in the logits' own dtype, Metal's kernel in float32 whatever it is given.
+    if mx.default_device() == mx.cpu:
+        logits = logits.astype(mx.float32)
+    return mx.fast.cross_entropy(logits, labels)
+
+
+def supervised_loss(
+    lm: nn.Module, hidden: mx.array, labels: mx.array, weights: mx.array, vocab_size: int
+) -> mx.array:
+    """Sum over S positions of weight * cross-entropy, of normed hidden states [S, D]."""
+    rows = max(1, CHUNK // vocab_size)
+    if hidden.shape[0] <= rows:
+        return (cross_entropy(head(lm, hidden), labels) * weights).sum()
+    module = head_module(lm)
+    total = mx.array(0.0)
+    for start in range(0, hidden.shape[0], rows):
+        cut = slice(start, start + rows)
+
+        def piece(params: dict[str, Any], part: mx.array, cut: slice = cut) -> mx.array:
+            # A checkpoint gives gradients to its arguments only, so the head's weights are among
+            # them; labels are closed over, because as arguments MLX refuses integers.
+            module.update(params)
+            return (cross_entropy(head(lm, part), labels[cut]) * weights[cut]).sum()
+
+        total = total + mx.checkpoint(piece)(module.trainable_parameters(), hidden[cut])
+    return total
+
+
+def hidden_of(
+    vlm: VLM, batch: Batch, visual: mx.array | None, layers: tuple[int, ...], grad_checkpoint: bool
+) -> tuple[mx.array, dict[int, mx.array]]:
+    """Hidden states [N, D] of a batch, last and after `layers`: flat prefix, then flat tokens."""
+    lm = vlm.language
+    if batch.prefix is None:
+        embeddings = vlm.splice(batch.tokens, visual)
+        last, seen = hidden_states(lm, embeddings, None, layers, grad_checkpoint)
+        return _flat(last), {k: _flat(h) for k, h in seen.items()}
+    caches = prefix_caches(lm)
+    shared, seen_shared = hidden_states(lm, vlm.splice(batch.prefix, visual), caches, layers)
+    rows = len(batch.tokens) // len(batch.prefix)
+    branches = [BranchCache(cache, rows) for cache in caches]
+    own, seen_own = hidden_states(lm, vlm.splice(batch.tokens, None), branches, layers)
+    joined = {k: mx.concatenate([_flat(seen_shared[k]), _flat(seen_own[k])]) for k in layers}
+    return mx.concatenate([_flat(shared), _flat(own)]), joined
+
+
+def batch_loss(
+    vlm: VLM,
+    batch: Batch,
+    views: mx.array | None,
+    targets: dict[str, AuxiliaryTarget],
+    totals: dict[str, float],
+    grad_checkpoint: bool = False,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The loss of one micro-batch of a step, and its parts.
+
+    views: [views, tokens, width] features of the batch's pictures. totals: what each part is
+    divided by, over the whole step: "loss" supervised tokens, and each target's count.
+    """
+    layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
+    visual = None if views is None else vlm.project_views(views)
+    hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
+    chosen = hidden[mx.array(batch.predict)]
+    vocab_size = int(vlm.config.language["vocab_size"])
+    labels, weights = mx.array(batch.labels), mx.array(batch.weights)
+    parts = {
+        "loss": supervised_loss(vlm.language, chosen, labels, weights, vocab_size) / totals["loss"]
+    }
+    total = parts["loss"]
+    for name, wanted in batch.targets.items():
+        if name not in targets:
+            continue
+        state = seen[targets[name].layer][mx.array(wanted.positions)]
+        named = _named(vlm.language, state, mx.array(wanted.words), mx.array(wanted.masses))
+        parts[name] = named / totals[name]
+        total = total + targets[name].weight * parts[name]
+    return total, parts
+
+
+def count(batches: list[Batch]) -> dict[str, float]:
+    """`totals` of a step: what its parts are divided by."""
+    totals: dict[str, float] = {"loss": float(sum(b.supervised_tokens for b in batches))}
+    for batch in batches:
+        for name, wanted in batch.targets.items():
+            here = float(np.count_nonzero(wanted.masses.sum(axis=1)))
+            totals[name] = totals.get(name, 0.0) + here
+    return totals
+
+
+def _named(lm: nn.Module, state: mx.array, words: mx.array, masses: mx.array) -> mx.array:
+    """Sum of cross-entropies between what states [S, D] name and the words' masses [S, K]."""
+    logits = head(lm, mx.fast.rms_norm(state, None, 1e-5)).astype(mx.float32)
+    logs = mx.take_along_axis(logits, words, axis=-1)
+    logs = logs - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -(logs * masses).sum()
+
+
+def _flat(h: Any) -> mx.array:
+    return h.reshape(-1, h.shape[-1])

@@ -1,0 +1,174 @@
+"""A stage is which parts train, plus defaults. The loop is one.
+
+pretrain   projector                    align features with a frozen language model
+sft        projector, language model    teach it to talk about pictures
+lora       projector, adapters          the same on a laptop, and on a quantised base
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import LoRAConfig, read_dataclass
+from ..errors import ConfigError
+
+PARTS = ("projector", "lm", "lora:lm")
+SCHEDULES = ("cosine", "linear", "constant")
+
+# Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"train": "projector", "learning_rate": 1e-3},
+    "sft": {"train": "projector,lm", "learning_rate": 2e-5},
+    "lora": {
+        "train": "projector,lora:lm",
+        "learning_rate": 2e-4,
+        "projector_learning_rate": 2e-5,
+    },
+}
+
+
+@dataclass
+class AuxiliaryTarget:
+    """Hidden states after block `layer` (0: the embeddings, visual ones included), read through the
+    language model's own head, name words; `weight` is its share of the loss. Training only."""
+
+    layer: int = 0
+    weight: float = 0.5
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field with its help text; the command line is made from both."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that a run depends on. Recipes (TOML) use these names, flags their kebab-case."""
+
+    model: str = flag("", "Model folder or hub id to start from.")
+    data: str = flag("", "Rows: a .json or .jsonl file, or a folder with train.jsonl.")
+    out: str = flag("", "Folder for the result, metrics.jsonl and checkpoints.")
+    images: str = flag("", "Folder that picture names are relative to. Default: the data's folder.")
+    cache: str = flag("", "Embedding cache to read features from, instead of running the encoder.")
+    val_data: str = flag("", "Rows to validate on.")
+    train: str = flag("", f"Parts that train, comma-separated: {', '.join(PARTS)}.")
+    iters: int = flag(0, "Optimizer steps; 0 means --epochs.")
+    epochs: float = flag(1.0, "Passes over the data.")
+    batch_size: int = flag(4, "Rows a micro-batch (pictures, with --share-prefix).")
+    grad_accumulation_steps: int = flag(1, "Micro-batches a step.")
+    learning_rate: float = flag(1e-3, "Peak learning rate.")
+    projector_learning_rate: float = flag(0.0, "The projector's own; 0 means --learning-rate.")
+    schedule: str = flag("cosine", f"After warm-up: {', '.join(SCHEDULES)}.")
+    warmup: float = flag(
+        0.03, "Warm-up: a share of all steps below 1, a number of steps from 1 up."
+    )
+    hold: float = flag(0.0, "Share of all steps at the peak before the schedule falls.")
+    min_learning_rate: float = flag(0.0, "Where the schedule ends, as a share of the peak.")
+    weight_decay: float = flag(0.0, "AdamW's decay; norms and biases have none.")
+    adam_beta2: float = flag(0.999, "AdamW's second beta.")
+    max_grad_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 means never.")
+    max_seq_length: int = flag(2048, "Rows with more tokens are left out, with the reason.")
+    length_multiple: int = flag(32, "Rows are padded to a multiple of this.")
+    share_prefix: int = flag(0, "Up to so many rows of one picture share its computation; 0: none.")
+    grad_checkpoint: bool = flag(
+        False, "Recompute blocks in the backward pass: slower, less memory."
+    )
+    seed: int = flag(0, "Seed of the data order and of new weights.")
+    save_every: int = flag(500, "Steps between checkpoints; 0 means none.")
+    keep: int = flag(2, "Checkpoints kept.")
+    steps_per_report: int = flag(10, "Steps between progress lines.")
+    steps_per_eval: int = flag(200, "Steps between validations.")
+    resume: bool = flag(False, "Go on from the last checkpoint in --out.")
+    strict: bool = flag(False, "Stop at the first row that cannot be used.")
+    lora_rank: int = flag(LoRAConfig.rank, "Rank of the adapters.")
+    lora_scale: float = flag(LoRAConfig.scale, "Scale of the adapters (alpha / rank).")
+    lora_dropout: float = flag(LoRAConfig.dropout, "Dropout before the adapters.")
+    lora_layers: int = flag(LoRAConfig.num_layers, "Blocks with adapters, from the last; -1: all.")
+    lora_keys: str = flag("", "Layers with adapters, comma-separated. Default: every linear one.")
+    targets: dict[str, AuxiliaryTarget] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.parts:
+            if name not in PARTS:
+                raise ConfigError(f"--train names {name!r}; parts are {', '.join(PARTS)}.")
+        if {"lm", "lora:lm"} <= set(self.parts):
+            raise ConfigError("--train names both lm and lora:lm; choose one.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"--schedule (={self.schedule!r}) must be in {', '.join(SCHEDULES)}.")
+        for name in ("batch_size", "grad_accumulation_steps", "length_multiple", "max_seq_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{flag_name(name)} (={getattr(self, name)}) must be at least 1.")
+        if self.grad_checkpoint and self.share_prefix:
+            raise ConfigError("--grad-checkpoint and --share-prefix do not go together; drop one.")
+
+    @property
+    def parts(self) -> list[str]:
+        return [part.strip() for part in self.train.split(",") if part.strip()]
+
+    def lora(self) -> LoRAConfig:
+        keys = [key.strip() for key in self.lora_keys.split(",") if key.strip()]
+        return LoRAConfig(
+            self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_layers, keys or None
+        )
+
+
+def stage_config(
+    stage: str, flags: dict[str, Any], recipe: str | Path | None = None
+) -> TrainConfig:
+    """The stage's defaults, then the recipe's values, then the flags that were given."""
+    values = dict(STAGES[stage])
+    if recipe is not None:
+        values.update(read_recipe(recipe))
+    values.update({k: v for k, v in flags.items() if v is not None})
+    for name in ("model", "data", "out"):
+        if not values.get(name):
+            raise ConfigError(f"{flag_name(name)} is missing; give it as a flag or in the recipe.")
+    return read_dataclass(TrainConfig, values, stage)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe.toml as keyword arguments of TrainConfig; relative paths start at its folder."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
+    if "targets" in raw:
+        raw["targets"] = {
+            name: read_dataclass(AuxiliaryTarget, value, f"targets.{name}")
+            for name, value in raw["targets"].items()
+        }
+    for name in ("model", "data", "out", "images", "cache", "val_data"):
+        value = raw.get(name)
+        # A model may be a hub id, so only what lies beside the recipe is taken as a path.
+        if value and (name != "model" or (path.parent / value).exists()):
+            raw[name] = str((path.parent / value).resolve())
+    return raw
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# What may differ between a run and its continuation without changing its result.
+FREE_ON_RESUME = {
+    "resume",
+    "keep",
+    "save_every",
+    "steps_per_report",
+    "steps_per_eval",
+    "out",
+    "model",
+} | {"data", "images", "cache", "val_data", "strict"}
+
+
+def fingerprint(config: TrainConfig) -> dict[str, Any]:
+    """The fields that a continued run must share with its first part."""
+    raw = dataclasses.asdict(config)
+    return {name: value for name, value in raw.items() if name not in FREE_ON_RESUME}

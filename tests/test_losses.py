@@ -1,0 +1,169 @@
+"""However rows are batched, a step's loss and gradients are the same, and nothing leaks."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
+
+from mlxvlm.data.buckets import collate, epoch, group
+from mlxvlm.data.samples import Sample, Target
+from mlxvlm.train import losses
+from mlxvlm.train.losses import batch_loss, count
+from mlxvlm.train.stages import AuxiliaryTarget
+
+TARGETS = {"ground": AuxiliaryTarget(2, 0.5), "align": AuxiliaryTarget(0, 0.25)}
+VISUAL = 16
+DECODERS = {
+    "llama": {},
+    "sliding llama": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 6,
+    },
+    "qwen2": {"model_type": "qwen2"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+    },
+}
+
+
+def make_samples(rows_a_picture: int = 3, pictures: int = 3) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(pictures):
+        for row in range(rows_a_picture):
+            words = rng.integers(3, 200, int(rng.integers(6, 15)))
+            tokens = np.concatenate([[1, 2], [IMAGE] * VISUAL, words]).astype(np.int32)
+            supervised = np.zeros(len(tokens), bool)
+            supervised[-1 - number :] = True
+            targets = {"ground": [target(VISUAL + 4, 5, 6)]}
+            if row == 0:
+                targets["align"] = [target(4, 7)]
+            samples.append(Sample(tokens, supervised, [str(number)], 2 + VISUAL, targets))
+    return samples
+
+
+def target(position: int, *words: int) -> Target:
+    share = np.full(len(words), 1 / len(words), np.float32)
+    return Target(position, np.array(words, np.int32), share)
+
+
+def step(vlm, samples, share_prefix, batch_size, grad_checkpoint=False, targets=TARGETS):
+    """Loss and gradients of one step over all samples."""
+    pictures = {str(n): vlm.look([picture(n)])[0] for n in range(3)}
+    groups = group(samples, share_prefix)
+    batches = [collate([groups[i] for i in one], 8) for one in epoch(groups, batch_size, 8, 0, 0)]
+    totals = count(batches)
+    vlm.vision.freeze()
+    gradient = nn.value_and_grad(vlm, batch_loss)
+    parameters = vlm.trainable_parameters()
+    loss, gradients = 0.0, {}
+    for batch in batches:
+        views = mx.stack([f.views[0] for f in vlm.features([pictures[n] for n in batch.images])])
+        (value, _), tree = gradient(vlm, batch, views, targets, totals, grad_checkpoint)
+        loss += value.item()
+        for name, value in tree_flatten(tree):
+            gradients[name] = gradients.get(name, 0) + value
+    vlm.update(parameters)
+    return loss, gradients
+
+
+def decoder(name: str):
+    config = tiny_config()
+    config.language |= DECODERS[name]
+    return tiny_vlm(config)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("share_prefix", "batch_size", "grad_checkpoint"),
+    [(0, 4, False), (3, 2, False), (2, 2, False), (0, 9, True)],
+)
+def test_batches_equal_one_by_one(name, share_prefix, batch_size, grad_checkpoint):
+    vlm, samples = decoder(name), make_samples()
+    loss, gradients = step(vlm, samples, 0, 1)
+    other, others = step(vlm, samples, share_prefix, batch_size, grad_checkpoint)
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert others.keys() == gradients.keys()
+    for key, value in gradients.items():
+        scale = mx.abs(value).max().item() + 1e-3
+        assert mx.abs(others[key] - value).max().item() < 1e-4 * scale, key
+
+
+def test_loss_is_mean_over_supervised_tokens():
+    """Against the plain formula on full logits: rows with more answer weigh more."""
+    vlm, samples = tiny_vlm(), make_samples()
+    loss, _ = step(vlm, samples, 0, 4, targets={})
+    total, tokens = 0.0, 0
+    for sample in samples:
+        images = vlm.look([picture(int(sample.images[0]))])
+        logits = vlm(sample.tokens[None], images)[0, :-1]
+        each = nn.losses.cross_entropy(logits, mx.array(sample.tokens[1:]))
+        total += (each * mx.array(sample.supervised[1:])).sum().item()
+        tokens += sample.supervised[1:].sum()
+    assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_chunked_logits_equal_whole(monkeypatch):
+    vlm, samples = tiny_vlm(), make_samples()
+    loss, gradients = step(vlm, samples, 0, 9)
+    monkeypatch.setattr(losses, "CHUNK", 7 * 272)
+    other, others = step(vlm, samples, 0, 9)
+    assert other == pytest.approx(loss, rel=1e-6)
+    for key, value in gradients.items():
+        assert mx.allclose(others[key], value, rtol=1e-4, atol=1e-6).item(), key
+
+
+def test_targets_move_the_loss_and_only_through_their_layers():
+    vlm, samples = tiny_vlm(), make_samples()
+    plain, _ = step(vlm, samples, 0, 9, targets={})
+    _, gradients = step(vlm, samples, 0, 9, targets={"align": AuxiliaryTarget(0, 1e6)})
+    aided, _ = step(vlm, samples, 0, 9)
+    assert aided > plain
+    # Layer 0 is the projector's own output: a huge weight there dwarfs the last block's share.
+    last = mx.abs(gradients["language.model.layers.1.mlp.up_proj.weight"]).max().item()
+    assert mx.abs(gradients["projector.out_proj.weight"]).max().item() > 1e3 * last
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_later_token_moves_an_earlier_logit(training, rows):
+    """Bit for bit, through the same functions that training and inference call."""
+    vlm = tiny_vlm()
+    sample = make_samples(1, 1)[0]
+    sample.supervised[:] = True
+    images = vlm.look([picture(0)])
+    views = mx.stack([f.views[0] for f in vlm.features(images)] * rows)
+
+    def logits(tokens: np.ndarray) -> mx.array:
+        if not training:
+            return vlm(np.stack([tokens] * rows), images * rows)
+        changed = Sample(tokens, sample.supervised, sample.images, sample.prefix)
+        batch = collate(group([changed] * rows, 0), 8)
+        hidden, _ = losses.hidden_of(vlm, batch, vlm.project_views(views), (), False)
+        return losses.head(vlm.language, hidden).reshape(rows, -1, 272)
+
+    before = logits(sample.tokens)
+    for place in (VISUAL + 2, VISUAL + 4, len(sample.tokens) - 1):
+        changed = sample.tokens.copy()
+        changed[place] = 201
+        after = logits(changed)
+        assert mx.array_equal(before[:, :place], after[:, :place]).item()
+        assert not mx.array_equal(before[:, place], after[:, place]).item()
+
+
+def test_right_padded_batch_equals_single_rows():
+    vlm = tiny_vlm()
+    short, long = make_samples(2, 1)
+    images = vlm.look([picture(0)])
+    tokens = np.zeros((2, 40), np.int32)
+    tokens[0, : len(short.tokens)] = short.tokens
+    tokens[1, : len(long.tokens)] = long.tokens
+    both = vlm(tokens, images * 2)
+    for row, sample in enumerate((short, long)):
+        alone = vlm(sample.tokens[None], images)[0]
+        assert mx.allclose(both[row, : len(sample.tokens)], alone, rtol=1e-4, atol=1e-4).item()

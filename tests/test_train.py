@@ -1,0 +1,245 @@
+"""Whole runs at toy size: cached = uncached, resumed = uninterrupted, what each stage leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
+
+from mlxvlm.cache.writer import write_cache
+from mlxvlm.errors import CacheError, ConfigError, DataError
+from mlxvlm.language.lora import fuse
+from mlxvlm.model import VLM
+from mlxvlm.train.loop import Trainer
+from mlxvlm.train.stages import stage_config
+from mlxvlm.weights.load import load
+from mlxvlm.weights.save import save
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A model folder, a dozen rows about four pictures, and a cache of them."""
+    folder = tmp_path_factory.mktemp("train")
+    save(tiny_vlm(), folder / "model")
+    images = folder / "data" / "images"
+    images.mkdir(parents=True)
+    for number in range(4):
+        Image.fromarray(picture(number)).save(images / f"{number}.png")
+    rows = [
+        {
+            "image": f"{number % 4}.png",
+            "messages": [
+                {"role": "user", "content": f"what is {number}?"},
+                {"role": "assistant", "content": "it is " + "so " * (number % 3) + "red"},
+            ],
+            "targets": {"ground": [{"turn": 0, "end": 5, "words": ["r"]}]},
+        }
+        for number in range(ROWS)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "data" / "train.jsonl").write_text(text)
+    sources = [(path.name, path) for path in sorted(images.iterdir())]
+    write_cache(load(folder / "model").encoder, sources, folder / "cache", codec="float32")
+    return folder
+
+
+def train(place: Path, stage: str, out: Path, **flags) -> Trainer:
+    values = {
+        "model": str(place / "model"),
+        "data": str(place / "data"),
+        "images": str(place / "data" / "images"),
+        "out": str(out),
+        "batch_size": 3,
+        "length_multiple": 16,
+    }
+    trainer = Trainer(stage_config(stage, values | flags))
+    trainer.run()
+    return trainer
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def weights(vlm: VLM) -> dict[str, mx.array]:
+    return dict(tree_flatten(vlm.parameters()))
+
+
+def same(a: VLM, b: VLM, prefix: str = "") -> bool:
+    ours, theirs = weights(a), weights(b)
+    names = [name for name in ours if name.startswith(prefix)]
+    assert names and ours.keys() == theirs.keys()
+    return all(mx.array_equal(ours[name], theirs[name]).item() for name in names)
+
+
+def test_cached_pretraining_equals_uncached(place, tmp_path):
+    train(place, "pretrain", tmp_path / "a", iters=20)
+    train(place, "pretrain", tmp_path / "b", iters=20, cache=str(place / "cache"))
+    uncached, cached = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(cached) == 20 and uncached[0] - uncached[-1] > 0.1
+    np.testing.assert_allclose(cached, uncached, atol=1e-5)
+
+
+def test_stages_train_their_parts_and_nothing_else(place, tmp_path):
+    base = load(place / "model")
+    train(place, "pretrain", tmp_path / "a", iters=2)
+    projector = load(tmp_path / "a")
+    assert same(base, projector, "vision.") and same(base, projector, "language.")
+    assert not same(base, projector, "projector.")
+    train(place, "sft", tmp_path / "b", iters=2, model=str(tmp_path / "a"))
+    both = load(tmp_path / "b")
+    assert same(projector, both, "vision.")
+    assert not same(projector, both, "projector.") and not same(projector, both, "language.")
+
+
+def test_lora_loads_as_adapter_and_fuses(place, tmp_path):
+    trainer = train(place, "lora", tmp_path / "a", iters=3, lora_rank=4, learning_rate=1e-2)
+    tokens = np.array([[1, 2, *[IMAGE] * 16, 50, 51, 52]])
+    images = trainer.vlm.look([picture(0)])
+    expected = trainer.vlm(tokens, images)
+    adapted = load(place / "model", adapter=tmp_path / "a")
+    assert mx.array_equal(adapted(tokens, images), expected).item()
+    assert not mx.allclose(load(place / "model")(tokens, images), expected, atol=1e-3).item()
+    fuse(adapted.language)
+    save(adapted, tmp_path / "fused")
+    fused = load(tmp_path / "fused")(tokens, images)
+    assert mx.allclose(fused, expected, atol=1e-4).item()
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(place, tmp_path, stage, micro):
+    flags = {
+        "iters": 9,
+        "save_every": 2,
+        "grad_accumulation_steps": micro,
+        "lora_dropout": 0.2,
+        "cache": str(place / "cache"),
+    }
+    whole = train(place, stage, tmp_path / "whole", **flags)
+
+    def stop(kind, values):
+        if kind == "checkpoint" and values["step"] == 4:
+            raise RuntimeError("pulled the plug")
+
+    config = stage_config(stage, {**_flags(place, tmp_path / "cut"), **flags})
+    with pytest.raises(RuntimeError, match="plug"):
+        Trainer(config, stop).run()
+    resumed = train(place, stage, tmp_path / "cut", **flags, resume=True)
+    assert same(whole.vlm, resumed.vlm)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def _flags(place: Path, out: Path) -> dict:
+    return {
+        "model": str(place / "model"),
+        "data": str(place / "data"),
+        "images": str(place / "data" / "images"),
+        "out": str(out),
+        "batch_size": 3,
+        "length_multiple": 16,
+    }
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_process_resumes(place, tmp_path, kill):
+    """Ctrl-C saves and exits; kill -9 loses what came after the last checkpoint. Both resume."""
+    flags = _flags(place, tmp_path) | {"iters": 100000, "save_every": 3, "schedule": "constant"}
+    code = (
+        "import sys, json; from mlxvlm.train.loop import Trainer;"
+        "from mlxvlm.train.stages import stage_config;"
+        "Trainer(stage_config('pretrain', json.loads(sys.argv[1]))).run()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(flags)],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"MLX_DISABLE_COMPILE": "1"},
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 7):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(kill)
+    process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGINT, 130, -signal.SIGKILL)
+    done = metrics.read_text().count("\n") + 5
+    config = stage_config("pretrain", flags | {"iters": 100000, "resume": True})
+    trainer = Trainer(config)
+    trainer.steps = done
+    trainer.run()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, done + 1))
+    load(tmp_path)
+
+
+def test_bad_rows_cost_themselves(place, tmp_path):
+    data = tmp_path / "data.jsonl"
+    good = (place / "data" / "train.jsonl").read_text()
+    answerless = {"image": "0.png", "messages": [{"role": "user", "content": "and?"}]}
+    long = {"image": "0.png", "text": "word " * 900}
+    missing = {"image": "no.png", "text": "a"}
+    bad = [json.dumps(row) for row in (answerless, long, missing)] + ["{not json"]
+    data.write_text(good + "\n".join(bad) + "\n")
+    (place / "data" / "images" / "torn.png").write_bytes(b"\x89PNG torn")
+    with data.open("a") as handle:
+        handle.write(json.dumps({"image": "torn.png", "text": "a"}) + "\n")
+    seen = {}
+    flags = _flags(place, tmp_path / "out") | {"data": str(data), "epochs": 2}
+    trainer = Trainer(stage_config("pretrain", flags), seen.__setitem__)
+    summary = trainer.run()
+    assert seen["data"]["rows"] == ROWS + 1 and len(seen["data"]["skipped"]) == 4
+    reasons = " ".join(reason for _, reason in seen["data"]["skipped"])
+    assert "supervised" in reasons and "--max-seq-length 2048" in reasons and "no.png" in reasons
+    assert {name for name, _ in summary["failed_pictures"]} == {"torn.png"}
+    with pytest.raises(DataError, match="4 rows cannot be used"):
+        Trainer(stage_config("pretrain", flags | {"strict": True}))
+
+
+def test_cache_of_another_encoder_is_refused(place, tmp_path):
+    config = tiny_config()
+    config.vision.vision_feature_layer = -2
+    save(tiny_vlm(config), tmp_path / "other")
+    with pytest.raises(CacheError, match="layer"):
+        train(
+            place, "pretrain", tmp_path, model=str(tmp_path / "other"), cache=str(place / "cache")
+        )
+
+
+def test_auxiliary_targets_are_in_the_metrics_and_not_in_the_model(place, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[targets.ground]\nlayer = 1\nweight = 0.5\n")
+    config = stage_config("sft", _flags(place, tmp_path / "out") | {"iters": 2}, recipe)
+    Trainer(config).run()
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["ground_loss"] > 0
+    assert weights(load(tmp_path / "out")).keys() == weights(load(place / "model")).keys()
+
+
+def test_validation_and_unfinished_out_folder(place, tmp_path):
+    trainer = train(
+        place,
+        "pretrain",
+        tmp_path,
+        iters=4,
+        save_every=2,
+        val_data=str(place / "data"),
+        steps_per_eval=2,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [("val_loss" in line) for line in lines] == [False, True, False, True]
+    assert lines[3]["val_loss"] == pytest.approx(trainer.evaluate(trainer.val), rel=1e-6)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(place, "pretrain", tmp_path, iters=4)
