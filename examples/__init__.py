@@ -1,0 +1,1 @@
+"""One idea a folder, each run by a test at tiny size."""

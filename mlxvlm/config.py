@@ -1,0 +1,305 @@
+"""A model is five choices: tiling, vision, projector, prompt, language.
+
+    picture -> TILING -> VISION -> PROJECTOR -> (PROMPT layout) -> LANGUAGE MODEL -> text
+
+Each is one dataclass here and one object in `config.json`. Field names are Hugging Face's where it
+has one. `language` stays a plain dict: it is the language model's own config.json, for mlx-lm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import ConfigError
+
+MODEL_TYPE = "mlxvlm"
+FORMAT_VERSION = 1
+POOLS = ("none", "mean2", "concat2", "concat3")
+
+T = TypeVar("T")
+
+
+@dataclass
+class TilingConfig:
+    """How a picture becomes views, as `images.tiling` does it.
+
+    type: "single" (the whole picture is one view).
+    image_size: side of a view in pixels.
+    resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
+        then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
+    resample: "bicubic" or "bilinear" (Pillow's antialiased filters).
+    background: RGB of the padding, 0-255.
+    """
+
+    type: str = "single"
+    image_size: int = 384
+    resize: str = "squash"
+    resample: str = "bicubic"
+    background: tuple[int, int, int] = (127, 127, 127)
+
+    def __post_init__(self) -> None:
+        self.background = tuple(self.background)  # type: ignore[assignment]
+        _one_of("tiling.type", self.type, ("single",))
+        _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
+        _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
+
+
+@dataclass
+class VisionConfig:
+    """A vision tower. Defaults are SigLIP-So400m/14 at 384 pixels.
+
+    vision_feature_layer: which hidden state feeds the projector, counted as transformers does:
+        0 the embeddings, -1 the last block's output, -2 the one before it.
+    vision_feature_norm: whether the tower's final LayerNorm follows (`post_layernorm`).
+    vision_feature_select_strategy: "full" (every token) or "default" (drop the first: CLIP's class
+        token, and on SigLIP, as transformers does, a patch).
+    vision_use_head: whether the checkpoint carries SigLIP's attention-pooling head.
+    image_mean, image_std: the encoder normalises uint8 views as (x / 255 - mean) / std.
+    """
+
+    model_type: str = "siglip_vision_model"
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 384
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    vision_feature_layer: int = -1
+    vision_feature_norm: bool = True
+    vision_feature_select_strategy: str = "full"
+    vision_use_head: bool = False
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]
+        self.image_std = tuple(self.image_std)  # type: ignore[assignment]
+        _one_of("vision.model_type", self.model_type, ("siglip_vision_model", "clip_vision_model"))
+        _one_of(
+            "vision.vision_feature_select_strategy",
+            self.vision_feature_select_strategy,
+            ("full", "default"),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"vision.hidden_size (={self.hidden_size}) must be divisible by "
+                f"vision.num_attention_heads (={self.num_attention_heads})."
+            )
+        states = self.num_hidden_layers + 1
+        if not -states <= self.vision_feature_layer < states:
+            raise ConfigError(
+                f"vision.vision_feature_layer (={self.vision_feature_layer}) must lie in "
+                f"[-{states}, {states - 1}] for {self.num_hidden_layers} layers."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side: floor(image_size / patch_size), so 384 at 14 is 27."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_layers_used(self) -> int:
+        """How many blocks run before the feature layer is reached."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model_type == "clip_vision_model"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one view gives the projector."""
+        # "default" drops the first token, whatever it is: transformers does so for SigLIP too.
+        dropped = self.vision_feature_select_strategy == "default"
+        return self.grid**2 + int(self.has_class_token) - int(dropped)
+
+
+@dataclass
+class ProjectorConfig:
+    """From encoder tokens to the language model's embeddings.
+
+    type: "attention" (Linear -> width, `num_layers` pre-norm self-attention blocks within a view,
+        norm, Linear -> language width) or "mlp" (LLaVA's Linear, GELU, Linear).
+    hidden_size: the blocks' width; 0 means the encoder's width.
+    num_attention_heads: 0 means hidden_size / 64, which keeps Metal's fused attention.
+    intermediate_size: the blocks' MLP width; 0 means 4 x hidden_size.
+    pool: "none", "mean2" (2x2 mean, parameter-free, may be cached), "concat2" or "concat3"
+        (2x2 or 3x3 neighbours side by side as one token).
+    num_positions: size of a learned position table after the first Linear; 0 means none, because
+        SigLIP's and CLIP's features know their places already.
+    """
+
+    type: str = "attention"
+    hidden_size: int = 0
+    num_layers: int = 2
+    num_attention_heads: int = 0
+    intermediate_size: int = 0
+    pool: str = "none"
+    num_positions: int = 0
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("projector.type", self.type, ("attention", "mlp"))
+        _one_of("projector.pool", self.pool, POOLS)
+
+
+@dataclass
+class PromptConfig:
+    """How messages and pictures become tokens, as `prompts` lays them out.
+
+    layout: "llama-3", "vicuna_v1", "plain", or "chat_template" (the tokenizer's own template).
+    image_placement: "turn" (a picture stands where its user turn names it) or "sequence" (all
+        pictures stand before the first token of text, as the Llama3-V blog has it).
+    image_suffix: text between a picture and what follows it.
+    system: default system message; empty means the layout's own (vicuna_v1 has one) or none.
+    image_token_id: the id that marks a visual token; reserved or beyond the vocabulary, masked
+        before the embedding lookup, never sampled.
+    """
+
+    layout: str = "llama-3"
+    image_placement: str = "turn"
+    image_suffix: str = "\n"
+    system: str = ""
+    image_token_id: int = 128002
+
+    def __post_init__(self) -> None:
+        _one_of("prompt.layout", self.layout, ("llama-3", "vicuna_v1", "plain", "chat_template"))
+        _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
+
+
+@dataclass
+class ModelConfig:
+    """The five choices, and how the stored tensors are quantised (mlx-lm's `quantization` block).
+
+    about: one line that the model says of itself (`mlxvlm chat` prints it); may be empty.
+    """
+
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    language: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tiling.image_size != self.vision.image_size:
+            raise ConfigError(
+                f"tiling.image_size (={self.tiling.image_size}) must equal "
+                f"vision.image_size (={self.vision.image_size}): the encoder has a fixed grid."
+            )
+
+    @property
+    def tokens_per_view(self) -> int:
+        """Visual tokens that the language model sees for one view."""
+        return pooled_tokens(self.vision, self.projector.pool)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        if raw.get("model_type") != MODEL_TYPE:
+            raise ConfigError(
+                f"model_type must be {MODEL_TYPE!r}, but this config.json says "
+                f"{raw.get('model_type')!r}."
+            )
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version must be {FORMAT_VERSION}, but this config.json says "
+                f"{raw.get('format_version')!r}: use the mlxvlm release that wrote it."
+            )
+        known = {"tiling", "vision", "projector", "prompt", "language", "quantization", "about"}
+        extra = sorted(set(raw) - known - {"model_type", "format_version"})
+        if extra:
+            raise ConfigError(f"unknown entries in config.json: {', '.join(extra)}.")
+        return cls(
+            tiling=read_dataclass(TilingConfig, raw.get("tiling", {}), "tiling"),
+            vision=read_dataclass(VisionConfig, raw.get("vision", {}), "vision"),
+            projector=read_dataclass(ProjectorConfig, raw.get("projector", {}), "projector"),
+            prompt=read_dataclass(PromptConfig, raw.get("prompt", {}), "prompt"),
+            language=dict(raw.get("language", {})),
+            quantization=raw.get("quantization"),
+            about=raw.get("about", ""),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        raw: dict[str, Any] = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION}
+        raw.update(dataclasses.asdict(self))
+        if self.quantization is None:
+            del raw["quantization"]
+        if not self.about:
+            del raw["about"]
+        return raw
+
+    def save(self, path: str | Path) -> None:
+        """Writes config.json to `path` (a file)."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters on the language model.
+
+    num_layers counts from the last block, -1 means all; keys None means every linear layer.
+    """
+
+    rank: int = 16
+    scale: float = 2.0
+    dropout: float = 0.0
+    num_layers: int = -1
+    keys: list[str] | None = None
+
+
+def pooled_tokens(vision: VisionConfig, pool: str) -> int:
+    """Tokens per view after `pool`: the grid is padded up to a multiple of the window."""
+    if pool == "none":
+        return vision.num_tokens
+    if vision.num_tokens != vision.grid**2:
+        raise ConfigError(
+            f"pool {pool!r} needs the whole square grid of patches: set "
+            "vision.vision_feature_select_strategy to 'default' for CLIP, 'full' for SigLIP."
+        )
+    window = int(pool[-1])
+    return (-(-vision.grid // window)) ** 2
+
+
+def read_dataclass(cls: type[T], raw: dict[str, Any], where: str) -> T:
+    """Builds a config dataclass from a dict; an unknown field is an error that names it."""
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    extra = sorted(set(raw) - names)
+    if extra:
+        raise ConfigError(
+            f"unknown field{'s' if len(extra) > 1 else ''} in {where!r}: {', '.join(extra)}. "
+            f"Known: {', '.join(sorted(names))}."
+        )
+    try:
+        return cls(**raw)
+    except TypeError as error:
+        raise ConfigError(f"{where!r} cannot be read: {error}.") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object from a file, or says what is wrong with it."""
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(raw).__name__}.")
+    return raw
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} (={value!r}) must be one of {', '.join(allowed)}.")

@@ -1,0 +1,1 @@
+"""The language model. The one package that imports mlx-lm."""
