@@ -86,19 +86,30 @@ def cache_embeddings(
         where, reason = bad_rows[0]
         raise DataError(f"{len(bad_rows):,} rows cannot be used; the first, {where}: {reason}")
 
+    from mlxvlm.machine import limits
     from mlxvlm.weights.load import load_encoder
 
+    limits.allow_open_files()
+    limits.limit_serving()
+    encoder = load_encoder(
+        model,
+        pool=pool,
+        dtype=dtype,
+        revision=revision,
+        report=lambda download: say(str(download)),
+    )
     line = ProgressLine()
     try:
-        summary = write_cache(
-            load_encoder(model, pool=pool, dtype=dtype, revision=revision),
-            sources[:limit],
-            out,
-            codec,
-            batch_size=batch_size,
-            strict=strict,
-            progress=line.show,
-        )
+        with limits.awake():
+            summary = write_cache(
+                encoder,
+                sources[:limit],
+                out,
+                codec,
+                batch_size=batch_size,
+                strict=strict,
+                progress=line.show,
+            )
     finally:
         line.end()
     if as_json:

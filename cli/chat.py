@@ -95,8 +95,10 @@ def chat(
     question = _question(prompt, as_json)
 
     from mlxvlm.chat import Conversation
+    from mlxvlm.machine import limits
     from mlxvlm.weights.load import load
 
+    limits.limit_serving()
     vlm = load(
         model or str(_demo()),
         adapter=adapter_path,

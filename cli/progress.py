@@ -10,7 +10,9 @@ class Progress:
     """Prints what a run reports, a line at a time."""
 
     def training(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "data":
+        if kind == "download":
+            say(values["what"])
+        elif kind == "data":
             say(f"{values['data']}: {values['rows']:,} rows")
             list_skipped(values["skipped"])
         elif kind == "step":

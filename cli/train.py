@@ -28,10 +28,14 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     recipe, as_json = flags.pop("config"), flags.pop("as_json")
     config = stage_config(stage, flags, recipe)
 
+    from mlxvlm.machine import limits
     from mlxvlm.train.loop import Trainer
 
+    limits.allow_open_files()
+    limits.limit_training()
     progress = Progress()
-    summary = Trainer(config, progress.training).run()
+    with limits.awake():
+        summary = Trainer(config, progress.training).run()
     if as_json:
         typer.echo(json.dumps(summary))
         return

@@ -92,6 +92,16 @@ def test_cached_pretraining_equals_uncached(place, tmp_path):
     np.testing.assert_allclose(cached, uncached, atol=1e-5)
 
 
+def test_a_cached_run_holds_no_encoder_and_saves_it_all_the_same(place, tmp_path):
+    config = stage_config(
+        "pretrain", _flags(place, tmp_path) | {"cache": str(place / "cache"), "iters": 1}
+    )
+    trainer = Trainer(config)
+    assert not [name for name in weights(trainer.vlm) if name.startswith("vision.")]
+    trainer.run()
+    assert same(load(place / "model"), load(tmp_path), "vision.")
+
+
 def test_stages_train_their_parts_and_nothing_else(place, tmp_path):
     base = load(place / "model")
     train(place, "pretrain", tmp_path / "a", iters=2)

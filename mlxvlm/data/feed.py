@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 
 class Pictures:
-    """Names of pictures to what the model takes: features from a cache, or pictures to encode."""
+    """Names of pictures to what the model takes: features from a cache, or pictures to encode.
 
-    def __init__(self, encoder: Encoder, root: Path, cache: EmbeddingCache | None = None):
+    One of `encoder` and `cache` is needed: with a cache, no encoder is held.
+    """
+
+    def __init__(self, encoder: Encoder | None, root: Path, cache: EmbeddingCache | None = None):
         self.encoder, self.root, self.cache = encoder, root, cache
-        if cache is not None:
-            cache.require(encoder.identity())
 
     def count_views(self, name: str) -> int:
         """Views of a picture, without reading its pixels where that is not needed."""
@@ -43,11 +44,13 @@ class Pictures:
         path = self.root / name
         if not path.is_file():
             raise DataError(f"picture {path} does not exist.")
+        assert self.encoder is not None
         return 1 if self.encoder.tiling.type == "single" else len(self.get(name).views)
 
     def get(self, name: str) -> Picture | Features:
         if self.cache is not None:
             return self.cache[name]
+        assert self.encoder is not None
         return self.encoder.look([self.root / name])[0]
 
     def views(self, found: Sequence[Picture | Features]) -> mx.array | None:
@@ -56,6 +59,7 @@ class Pictures:
             return None
         if isinstance(found[0], Features):
             return mx.array(np.concatenate([np.stack(f.views) for f in found]))
+        assert self.encoder is not None
         encoded = self.encoder.encode([p for p in found if isinstance(p, Picture)])
         return mx.stack([view for features in encoded for view in features.views])
 

@@ -29,8 +29,9 @@ from ..data.sources import read_rows
 from ..errors import ConfigError, DataError, VLMError
 from ..language.forward import check_head
 from ..language.lora import add_lora
+from ..vision.encoder import Encoder
 from ..weights.adapter import save_adapter
-from ..weights.load import load
+from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
 from .losses import batch_loss, count
@@ -47,19 +48,28 @@ Report = Callable[[str, dict[str, Any]], None]
 class Trainer:
     """One run: its model, data, optimizer and place.
 
-    `report(kind, values)` is told "data", "step", "eval", "checkpoint" and "done" as they happen.
+    `report(kind, values)` is told of "download", "data", "step", "eval", "checkpoint" and "done".
     """
 
     def __init__(self, config: TrainConfig, report: Report | None = None):
         self.config = config
         self.report = report or (lambda kind, values: None)
         self.out = Path(config.out)
-        self.vlm = load(config.model)
+        self.vlm = load(
+            config.model, report=lambda found: self.report("download", {"what": str(found)})
+        )
         self.stored_dtype = _dtype(self.vlm.language)
         self.lora: LoRAConfig | None = None
         mx.random.seed(config.seed)
         self._freeze()
         self.cache = EmbeddingCache.open(config.cache) if config.cache else None
+        self.encoder: Encoder | None = self.vlm.encoder
+        if self.cache is not None:
+            self.cache.require(self.encoder.identity())
+            # Frozen and not needed again before the result is saved: its memory serves the run.
+            self.encoder = None
+            del self.vlm.vision
+            mx.clear_cache()
         self.feed = self._feed(config.data)
         self.val = self._feed(config.val_data) if config.val_data else None
         micro = config.grad_accumulation_steps
@@ -97,7 +107,7 @@ class Trainer:
     def _feed(self, data: str) -> Feed:
         config = self.config
         root = Path(config.images or (Path(data) if Path(data).is_dir() else Path(data).parent))
-        pictures = Pictures(self.vlm.encoder, root, self.cache)
+        pictures = Pictures(self.encoder, root, self.cache)
         assert self.vlm.tokenizer is not None
         samples, skipped = prepare(
             read_rows(data),
@@ -248,6 +258,8 @@ class Trainer:
         self.report("checkpoint", {"step": self.step, "path": str(path)})
 
     def _save(self) -> None:
+        if self.encoder is None:
+            self.vlm.vision = load_encoder(self.config.model).vision
         if self.lora is not None:
             save_adapter(self.vlm, self.lora, self.out, "projector" in self.config.parts)
             return
