@@ -115,7 +115,9 @@ def test_stages_train_their_parts_and_nothing_else(place, tmp_path):
 
 
 def test_lora_loads_as_adapter_and_fuses(place, tmp_path):
-    trainer = train(place, "lora", tmp_path / "a", iters=3, lora_rank=4, learning_rate=1e-2)
+    flags = {"lora_rank": 4, "lora_dropout": 0.5, "learning_rate": 1e-2}
+    trainer = train(place, "lora", tmp_path / "a", iters=3, **flags)
+    trainer.vlm.eval()
     tokens = np.array([[1, 2, *[IMAGE] * 16, 50, 51, 52]])
     images = trainer.vlm.look([picture(0)])
     expected = trainer.vlm(tokens, images)
@@ -248,6 +250,7 @@ def test_validation_and_unfinished_out_folder(place, tmp_path):
         val_data=str(place / "data"),
         steps_per_eval=2,
     )
+    assert trainer.vlm.training
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [("val_loss" in line) for line in lines] == [False, True, False, True]
     assert lines[3]["val_loss"] == pytest.approx(trainer.evaluate(trainer.val), rel=1e-6)

@@ -65,6 +65,7 @@ def load(
         from mlxvlm.weights.adapter import load_adapter
 
         load_adapter(vlm, adapter)
+    vlm.eval()  # an adapter's dropout is for training
     return vlm
 
 

@@ -145,6 +145,7 @@ class Trainer:
                 "--out."
             )
         metrics = _open_metrics(self.out / METRICS, self.step)
+        self.vlm.train()
         reading = self.feed.read(self.step * config.grad_accumulation_steps)
         bad = 0
         started = time.perf_counter()
@@ -239,7 +240,8 @@ class Trainer:
         }
 
     def evaluate(self, feed: Feed) -> float:
-        """Loss per supervised token over all rows of `feed`, without auxiliary targets."""
+        """Loss per supervised token over all rows of `feed`: no auxiliary targets, no dropout."""
+        self.vlm.eval()
         loss, tokens = 0.0, 0
         for batch, found in feed.once():
             if batch is None:
@@ -248,6 +250,7 @@ class Trainer:
             total, _ = batch_loss(self.vlm, batch, feed.pictures.views(found), {}, {"loss": 1.0})
             loss += float(total.item())  # type: ignore[arg-type]
             tokens += batch.supervised_tokens
+        self.vlm.train()
         return loss / max(1, tokens)
 
     def _checkpoint(self) -> None:
