@@ -67,7 +67,7 @@ def _from_config(stage: str) -> list[inspect.Parameter]:
         if "help" not in entry.metadata:
             continue
         default = STAGES[stage].get(name, entry.default)
-        shown = "" if default in ("", False) else f" [default: {default}]"
+        shown = "" if default in ("", False) else f" (default: {default})"
         names = [flag_name(name), *([SHORT[name]] if name in SHORT else [])]
         kind = KINDS[str(entry.type)]
         found.append(_parameter(name, kind, entry.metadata["help"] + shown, names))
