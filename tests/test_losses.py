@@ -43,7 +43,8 @@ def make_samples(rows_a_picture: int = 3, pictures: int = 3) -> list[Sample]:
             targets = {"ground": [target(VISUAL + 4, 5, 6)]}
             if row == 0:
                 targets["align"] = [target(4, 7)]
-            samples.append(Sample(tokens, supervised, [str(number)], 2 + VISUAL, targets))
+            slots = [(2, VISUAL)]
+            samples.append(Sample(tokens, supervised, [str(number)], 2 + VISUAL, targets, slots))
     return samples
 
 
@@ -135,14 +136,14 @@ def test_no_later_token_moves_an_earlier_logit(training, rows):
     """Bit for bit, through the same functions that training and inference call."""
     vlm = tiny_vlm()
     sample = make_samples(1, 1)[0]
-    sample.supervised[:] = True
+    everything = np.ones(sample.length, bool)
     images = vlm.look([picture(0)])
     views = mx.stack([f.views[0] for f in vlm.features(images)] * rows)
 
     def logits(tokens: np.ndarray) -> mx.array:
         if not training:
             return vlm(np.stack([tokens] * rows), images * rows)
-        changed = Sample(tokens, sample.supervised, sample.images, sample.prefix)
+        changed = Sample(tokens, everything, sample.images, sample.prefix)
         batch = collate(group([changed] * rows, 0), 8)
         hidden, _ = losses.hidden_of(vlm, batch, vlm.project_views(views), (), False)
         return losses.head(vlm.language, hidden).reshape(rows, -1, 272)
@@ -154,6 +155,17 @@ def test_no_later_token_moves_an_earlier_logit(training, rows):
         after = logits(changed)
         assert mx.array_equal(before[:, :place], after[:, :place]).item()
         assert not mx.array_equal(before[:, place], after[:, place]).item()
+
+
+def test_samples_give_back_what_they_were_made_of():
+    rng = np.random.default_rng(0)
+    for slots in ([], [(0, 3)], [(4, 2), (6, 5)], [(2, 4), (17, 3)]):
+        tokens, supervised = rng.integers(3, 90, 20).astype(np.int32), rng.random(20) < 0.5
+        for start, length in slots:
+            tokens[start : start + length], supervised[start : start + length] = IMAGE, False
+        sample = Sample(tokens, supervised, [], slots=slots)
+        assert np.array_equal(sample.tokens, tokens) and sample.length == 20
+        assert np.array_equal(sample.supervised, supervised)
 
 
 def test_right_padded_batch_equals_single_rows():

@@ -64,7 +64,7 @@ class Group:
 
     @property
     def length(self) -> int:
-        return max(len(row.tokens) for row in self.rows) - self.prefix
+        return max(row.length for row in self.rows) - self.prefix
 
 
 def group(samples: Sequence[Sample], share_prefix: int) -> list[Group]:
@@ -133,11 +133,12 @@ def collate(groups: Sequence[Group], length_multiple: int) -> Batch:
             def place(position: int, i: int = i, start: int = start) -> int:
                 return i * P + position if position < P else start + position - P
 
-            tokens[line, : len(row.tokens) - P] = row.tokens[P:]
+            whole = row.tokens
+            tokens[line, : len(whole) - P] = whole[P:]
             # Position p predicts token p + 1.
             where = np.flatnonzero(row.supervised[1:])
             predict.append(np.array([place(int(p)) for p in where], dtype=np.int32))
-            labels.append(row.tokens[where + 1].astype(np.int32))
+            labels.append(whole[where + 1].astype(np.int32))
             for name, targets in row.targets.items():
                 found[name] += [(place(t.position), t.words, t.masses) for t in targets]
     flat, marks = np.concatenate(predict), np.concatenate(labels)
@@ -152,7 +153,7 @@ def collate(groups: Sequence[Group], length_multiple: int) -> Batch:
         labels=np.pad(marks, (0, size - len(marks))),
         weights=weights,
         targets={name: _stack(entries) for name, entries in found.items()},
-        num_tokens=sum(len(r.tokens) - P for g in groups for r in g.rows) + P * len(groups),
+        num_tokens=sum(r.length - P for g in groups for r in g.rows) + P * len(groups),
         rows=sum(len(g.rows) for g in groups),
     )
 

@@ -6,8 +6,8 @@ that cannot be used is left out with its reason instead of ending a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +36,49 @@ class Target:
     masses: np.ndarray
 
 
-@dataclass
 class Sample:
-    """One row: int32 tokens [L], bool supervised [L], the pictures' names, and the length of the
-    part that ends with the last picture and holds nothing supervised (0 without pictures)."""
+    """One row: int32 tokens [L], bool supervised [L], the pictures' names, and `prefix`, the length
+    of the part that ends with the last picture and holds nothing supervised (0 without pictures).
 
-    tokens: np.ndarray
-    supervised: np.ndarray
-    images: list[str]
-    prefix: int = 0
-    targets: dict[str, list[Target]] = field(default_factory=dict)
+    The visual tokens of `slots`, (start, length) each, are kept as those numbers alone: of 600,000
+    rows with 729 visual tokens each that leaves 0.6 GB in memory, instead of 2.7.
+    """
+
+    __slots__ = ("_learnt", "_slots", "_text", "images", "length", "prefix", "targets")
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        supervised: np.ndarray,
+        images: list[str],
+        prefix: int = 0,
+        targets: dict[str, list[Target]] | None = None,
+        slots: Sequence[tuple[int, int]] = (),
+    ):
+        self.images, self.prefix, self.targets = images, prefix, targets or {}
+        self.length = len(tokens)
+        self._slots = [(start, length, int(tokens[start])) for start, length in slots if length]
+        kept = np.ones(len(tokens), np.bool_)
+        for start, length, _ in self._slots:
+            kept[start : start + length] = False
+        self._text, self._learnt = tokens[kept], supervised[kept]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [length]"""
+        return self._whole(self._text, [token for *_, token in self._slots])
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """bool [length]; a visual token never is."""
+        return self._whole(self._learnt, [False] * len(self._slots))
+
+    def _whole(self, text: np.ndarray, fills: Sequence[int]) -> np.ndarray:
+        pieces, done, behind = [], 0, 0
+        for (start, length, _), fill in zip(self._slots, fills, strict=True):
+            pieces += [text[done : start - behind], np.full(length, fill, text.dtype)]
+            done, behind = start - behind, behind + length
+        return np.concatenate([*pieces, text[done:]])
 
 
 def prepare(
@@ -129,6 +162,7 @@ def _sample(
         images=row.images,
         prefix=0 if prompt.supervised[:end].any() else end,
         targets={name: kept for name, kept in found.items() if kept},
+        slots=prompt.slots,
     )
 
 

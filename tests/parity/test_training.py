@@ -114,7 +114,7 @@ def as_ours(model, values: dict, folder) -> dict[str, mx.array]:
     return dict(tree_flatten(load(folder).parameters()))
 
 
-# On a SigLIP tower "default" drops a patch, because transformers drops the first token of any tower.
+# On SigLIP "default" drops a patch: transformers drops the first token of any tower.
 @pytest.mark.parametrize(
     ("tower", "select", "visual"),
     [("clip", "default", 16), ("siglip", "full", 16), ("siglip", "default", 15)],
