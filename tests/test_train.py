@@ -55,15 +55,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def train(place: Path, stage: str, out: Path, **flags) -> Trainer:
-    values = {
-        "model": str(place / "model"),
-        "data": str(place / "data"),
-        "images": str(place / "data" / "images"),
-        "out": str(out),
-        "batch_size": 3,
-        "length_multiple": 16,
-    }
-    trainer = Trainer(stage_config(stage, values | flags))
+    trainer = Trainer(stage_config(stage, _flags(place, out) | flags))
     trainer.run()
     return trainer
 

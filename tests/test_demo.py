@@ -1,0 +1,65 @@
+"""The model that ships: what it says of fresh scenes, and that it is an ordinary model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from examples.shapes.evaluate import measure, measure_chats, measure_generated  # noqa: E402
+from examples.shapes.questions import SCORED  # noqa: E402
+
+import mlxvlm  # noqa: E402
+from mlxvlm.cli.main import app  # noqa: E402
+
+DEMO = ROOT / "weights" / "demo"
+SCENE = ROOT / "examples" / "shapes" / "pictures" / "scene.png"
+
+
+@pytest.fixture(scope="module")
+def demo() -> mlxvlm.VLM:
+    return mlxvlm.load(DEMO)
+
+
+def test_it_is_small_and_stock(demo):
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 10e6
+    assert demo.config.projector.type == "attention" and demo.config.projector.num_layers == 2
+    assert demo.config.vision.model_type == "siglip_vision_model"
+    assert demo.language.model_type == "llama" and demo.config.prompt.layout == "llama-3"
+
+
+def test_it_answers_fresh_scenes(demo):
+    """A small part of the evaluation in the README; the bounds leave room for so few questions."""
+    result = measure(demo, "heldout", 30, blind_scenes=300)
+    scores = {score["kind"]: score for score in result["kinds"]}
+    assert set(SCORED) <= set(scores)
+    assert result["mean"] > 0.93
+    for kind in SCORED:
+        assert scores[kind]["right"] >= 0.8 and scores[kind]["right"] > scores[kind]["blind"] + 0.2
+
+
+def test_generated_answers_are_those_of_one_pass_and_later_turns_hold(demo):
+    generated = measure_generated(demo, "heldout", 12)
+    assert generated["agree"] == generated["asked"] == 12 and generated["right"] >= 10
+    chats = measure_chats(demo, "heldout", 8)
+    assert chats["asked"] == [8] * 4 and min(chats["right"]) >= 6
+
+
+def test_chat_without_a_model_says_what_it_knows():
+    result = CliRunner().invoke(app, ["chat", str(SCENE), "-p", "How many shapes are there?"])
+    assert result.exit_code == 0 and result.stdout == "The number of shapes is five.\n"
+    assert "drawn shapes" in result.stderr and "-m names a real model" in result.stderr
+    asked = ["chat", str(SCENE), "--json", "-p", "Where is the red triangle?"]
+    told = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert told["text"] == "The red triangle is in the centre."
+    assert told["prompt_tokens"] > 36 and told["time_to_first_token_s"] > 0
+
+
+def test_any_text_and_any_picture_is_taken(demo):
+    strange = [{"role": "user", "content": "Was ist das? 这是什么 <|eot_id|> \u0000 🐌"}]
+    assert demo.generate(strange, [SCENE], max_tokens=8).generation_tokens > 0
+    assert demo.generate([{"role": "user", "content": "hello"}], max_tokens=4).prompt_tokens > 3
