@@ -1,0 +1,161 @@
+"""Writes the training data: pictures, and rows of questions with their auxiliary targets.
+
+    DIR/images/000/000123.png   the pictures
+    DIR/pretrain.jsonl          8 questions a picture, each its own row, one after the other; for
+                                each tenth picture a description instead
+    DIR/sft.jsonl               half as many pictures: chats of 4 turns, questions, descriptions
+    DIR/val.jsonl               single questions about pictures of the "progress" split
+
+A row's `targets` hold `ground` (what a key word refers to: for the hidden state over it) and, on a
+picture's first row, `align` (what each visual token shows). They serve training only.
+
+    python -m examples.shapes.data --out runs/shapes/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from examples.shapes.drawing import draw, patch_words
+from examples.shapes.phrases import ABSENT
+from examples.shapes.questions import QA, ask_many, ask_one
+from examples.shapes.world import (
+    CELL,
+    PATCH,
+    SIZE,
+    Scene,
+    make_scene,
+    place_words,
+    seeds,
+)
+
+SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
+QUESTIONS = 8
+EMPTY_PATCHES = 4
+
+
+def scenes(split: str, count: int, start: int = 0) -> Iterator[Scene]:
+    """`count` scenes of a split, fewer of them with one or two things."""
+    found = 0
+    for seed in seeds(split, start):
+        scene = make_scene(seed)
+        if 0 < len(scene.things) <= 2 and random.Random(f"skip {seed}").random() < SKIP_EASY:
+            continue
+        if found == count:
+            return
+        found += 1
+        yield scene
+
+
+def align(scene: Scene) -> list[dict[str, Any]]:
+    """What the visual tokens show: the words of the item that covers a patch, and for a few empty
+    patches of a scene of shapes, that nothing is in that place."""
+    found = []
+    empty = []
+    side = SIZE // PATCH
+    for token, words in enumerate(patch_words(scene)):
+        if words:
+            found.append({"image": 0, "token": token, "words": list(words)})
+        else:
+            empty.append(token)
+    if scene.things:
+        rng = random.Random(f"empty {scene.seed}")
+        for token in sorted(rng.sample(empty, min(EMPTY_PATCHES, len(empty)))):
+            row, column = (PATCH * i // CELL for i in divmod(token, side))
+            words = [ABSENT, *place_words(row, column)]
+            found.append({"image": 0, "token": token, "words": words})
+    return found
+
+
+def row(image: str, qas: Iterable[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
+    """One row: a chat of as many turns as there are questions."""
+    messages: list[dict[str, str]] = []
+    ground = []
+    for qa in qas:
+        for mark in qa.marks:
+            turn = len(messages) + mark.turn
+            ground.append({"turn": turn, "end": mark.end, "words": mark.words})
+        messages.append({"role": "user", "content": qa.question})
+        messages.append({"role": "assistant", "content": qa.answer})
+    targets: dict[str, Any] = {"ground": ground}
+    if aligned is not None:
+        targets["align"] = aligned
+    return {"image": image, "messages": messages, "targets": targets}
+
+
+def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict]:
+    qas = ask_many(scene, count, "pretrain")
+    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
+
+
+def describe_rows(scene: Scene, image: str) -> list[dict]:
+    """The whole picture in one answer, for some also a question that no picture here answers.
+
+    They have pictures of their own: rows of one picture are padded to the longest of them.
+    """
+    qas = [ask_one("describe", scene), ask_one("outside", scene)]
+    qas = [qa for qa in qas[: 1 + (scene.seed % 3 == 0)] if qa is not None]
+    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
+
+
+def chat_rows(scene: Scene, image: str) -> list[dict]:
+    """Two chats of four turns; in some of them one turn asks for a description."""
+    rng = random.Random(f"chat {scene.seed}")
+    qas = ask_many(scene, 8, "chat")
+    whole = ask_one("describe", scene, "chat")
+    if whole is not None and rng.random() < 0.3:
+        qas[rng.randrange(len(qas))] = whole
+    chats = [chat for chat in (qas[:4], qas[4:]) if chat]
+    return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(chats)]
+
+
+def name_of(index: int) -> str:
+    return f"{index // 1000:03d}/{index:06d}.png"
+
+
+def _dump(rows: Iterable[dict], file: Any) -> None:
+    for raw in rows:
+        file.write(json.dumps(raw, separators=(",", ":")) + "\n")
+
+
+def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
+    """Writes `count` training scenes from the split's `start`-th seed on, and `val` others."""
+    images = out / "images"
+    with (out / "pretrain.jsonl").open("w") as pretrain, (out / "sft.jsonl").open("w") as sft:
+        for i, scene in enumerate(scenes("train", count, start)):
+            name = name_of(i)
+            if i % 1000 == 0:
+                (images / name).parent.mkdir(parents=True, exist_ok=True)
+            draw(scene).save(images / name, compress_level=1)
+            _dump((describe_rows if i % 10 == 9 else pretrain_rows)(scene, name), pretrain)
+            # Half of the second stage's pictures are chatted about; the others keep up the rest.
+            make = (chat_rows, pretrain_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
+            if i % 2 == 0:
+                _dump(make(scene, name), sft)
+    with (out / "val.jsonl").open("w") as file:
+        (images / "val").mkdir(parents=True, exist_ok=True)
+        for i, scene in enumerate(scenes("progress", val)):
+            name = f"val/{i:06d}.png"
+            draw(scene).save(images / name, compress_level=1)
+            _dump(pretrain_rows(scene, name), file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the training data.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--val", type=int, default=96)
+    parser.add_argument("--start", type=int, default=0, help="first seed of the training split")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out, args.scenes, args.val, args.start)
+    print(f"{args.scenes} scenes in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

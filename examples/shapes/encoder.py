@@ -1,0 +1,221 @@
+"""Pre-trains the small SigLIP tower on the drawn world.
+
+This is not SigLIP's own training. The sigmoid loss needs pictures with captions, by the million;
+here the generator knows what it drew, and those labels teach the tower: a linear head names what
+each patch shows, and a few learned queries name what stands in each cell and bar of the scene. Both
+heads are thrown away afterwards. What stays has SigLIP's architecture, names and file layout.
+
+    python -m examples.shapes.encoder --out runs/shapes/encoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+from examples.shapes.drawing import draw, patch_words
+from examples.shapes.world import (
+    COLORS,
+    MAX_HEIGHT,
+    NUMBERS,
+    PATCH,
+    SHAPES,
+    SIZE,
+    SIZES,
+    Scene,
+    make_scene,
+    seeds,
+)
+from mlxvlm.attention import SelfAttention
+from mlxvlm.config import VisionConfig
+from mlxvlm.vision.siglip import SiglipVision
+
+CONFIG = VisionConfig(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=SIZE,
+    patch_size=PATCH,
+)
+# Each group is one choice; class 0 is "none of them".
+GROUPS = (
+    ("",) + SIZES,
+    ("",) + tuple(COLORS),
+    ("",) + SHAPES + ("bar",),
+    ("",) + NUMBERS[1 : MAX_HEIGHT + 1],
+)
+CLASSES = sum(len(group) for group in GROUPS)
+QUERIES = 9 + 5  # the grid's cells, and the places of bars from left to right
+NONE_WEIGHT = 0.2
+
+
+class Teacher(nn.Module):
+    """The tower with its two throw-away heads: [N, S, S, 3] -> [N, patches + QUERIES, CLASSES]."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.tower = SiglipVision(config)
+        self.patch_head = nn.Linear(D, CLASSES)
+        self.queries = mx.random.normal((QUERIES, D), scale=0.5)
+        self.norm = nn.LayerNorm(D)
+        self.attention = SelfAttention(D, config.num_attention_heads)
+        self.query_norm = nn.LayerNorm(D)
+        self.query_head = nn.Linear(D, CLASSES)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        x = self.tower(pixels)
+        N, _, D = x.shape
+        slots = mx.concatenate([mx.broadcast_to(self.queries, (N, QUERIES, D)), x], axis=1)
+        slots = slots + self.attention(self.norm(slots))
+        slots = self.query_head(self.query_norm(slots[:, :QUERIES]))
+        return mx.concatenate([self.patch_head(x), slots], axis=1)
+
+
+def classes(words: tuple[str, ...]) -> list[int]:
+    """One class for each group, from the words of an item; () is none of everything."""
+    return [next((i for i, w in enumerate(g) if w and w in words), 0) for g in GROUPS]
+
+
+def labels(scene: Scene) -> np.ndarray:
+    """[patches + QUERIES, groups] classes."""
+    slots: list[tuple[str, ...]] = [()] * QUERIES
+    for thing in scene.things:
+        slots[3 * thing.row + thing.column] = thing.words
+    for i, bar in enumerate(scene.bars):
+        slots[9 + i] = bar.words
+    return np.array([classes(words) for words in [*patch_words(scene), *slots]], np.int32)
+
+
+def batch(found: list[int]) -> tuple[mx.array, mx.array]:
+    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some seeds."""
+    scenes = [make_scene(seed) for seed in found]
+    pixels = np.stack([np.asarray(draw(scene)) for scene in scenes]).astype(np.float32)
+    return mx.array(pixels / 127.5 - 1), mx.array(np.stack([labels(scene) for scene in scenes]))
+
+
+def loss(model: Teacher, pixels: mx.array, target: mx.array) -> mx.array:
+    logits = model(pixels)
+    total, at = mx.array(0.0), 0
+    for i, group in enumerate(GROUPS):
+        wanted = target[..., i]
+        ce = nn.losses.cross_entropy(logits[..., at : at + len(group)], wanted)
+        weight = mx.where(wanted > 0, 1.0, NONE_WEIGHT)
+        total = total + (ce * weight).sum() / weight.sum()
+        at += len(group)
+    return total
+
+
+def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[str, float]:
+    """Shares of patches and slots that hold an item and are named right in every group, and of
+    scenes with all slots right."""
+    right, full, scenes = [], [], []
+    source = seeds(split)
+    for _ in range(0, count, 32):
+        pixels, target = batch([next(source) for _ in range(32)])
+        logits = np.array(model(pixels))
+        ends = np.cumsum([len(group) for group in GROUPS])[:-1]
+        guess = np.stack([part.argmax(-1) for part in np.split(logits, ends, axis=-1)], axis=-1)
+        wanted = np.array(target)
+        right.append((guess == wanted).all(-1))
+        full.append((wanted > 0).any(-1))
+        scenes.append(right[-1][:, -QUERIES:].all(-1))
+    ok, held = np.concatenate(right), np.concatenate(full)
+    patches, slots = np.s_[:, :-QUERIES], np.s_[:, -QUERIES:]
+    return {
+        "patches": float(ok[patches][held[patches]].mean()),
+        "empty_patches": float(ok[patches][~held[patches]].mean()),
+        "slots": float(ok[slots][held[slots]].mean()),
+        "scenes": float(np.concatenate(scenes).mean()),
+    }
+
+
+def train(model: Teacher, steps: int, batch_size: int, peak: float) -> Iterator[tuple[int, float]]:
+    """AdamW with a short warm-up and a cosine; every picture is new. Yields (step, loss)."""
+    warm = min(60, max(1, steps // 10))
+    schedule = optim.join_schedules(
+        [optim.linear_schedule(0.0, peak, warm), optim.cosine_decay(peak, steps - warm)], [warm]
+    )
+    optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05)
+    step_fn = nn.value_and_grad(model, loss)
+    # Training scenes of the chat start at 0; the tower's start far from them.
+    source = seeds("train", 500_000_000)
+    for step in range(1, steps + 1):
+        value, grads = step_fn(model, *batch([next(source) for _ in range(batch_size)]))
+        grads, _ = optim.clip_grad_norm(grads, 1.0)
+        optimizer.update(model, grads)
+        mx.eval(model.parameters(), optimizer.state, value)
+        yield step, value.item()
+
+
+def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
+    """Writes the tower as the hub keeps a vision-only SigLIP: channels before rows and columns."""
+    out.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, mx.array] = {}
+    parameters: dict[str, mx.array] = dict(tree_flatten(tower.parameters()))
+    for name, value in parameters.items():
+        if name == "embeddings.patch_embedding.weight":
+            value = value.transpose(0, 3, 1, 2)
+        tensors[f"vision_model.{name}"] = mx.contiguous(value)
+    mx.save_safetensors(str(out / "model.safetensors"), tensors, metadata={"format": "mlx"})
+    fields = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels "
+        "image_size patch_size layer_norm_eps hidden_act"
+    )
+    raw = {name: getattr(config, name) for name in fields.split()}
+    raw = {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        **raw,
+        "vision_use_head": False,
+    }
+    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pre-trains the small SigLIP tower.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--eval", type=int, default=256, help="held-out scenes at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    mx.random.seed(args.seed)
+    model = Teacher(CONFIG)
+    start, recent = time.perf_counter(), math.nan
+    for step, value in train(model, args.steps, args.batch_size, args.learning_rate):
+        recent = value if math.isnan(recent) else 0.95 * recent + 0.05 * value
+        if step % 100 == 0 or step == args.steps:
+            seconds = time.perf_counter() - start
+            print(f"step {step}/{args.steps}  loss {recent:.3f}  {seconds:.0f} s", flush=True)
+    save(model.tower, CONFIG, args.out)
+    for name, share in accuracy(model, count=args.eval).items():
+        print(f"held-out {name}: {100 * share:.1f} %")
+
+
+if __name__ == "__main__":
+    main()
