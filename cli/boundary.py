@@ -13,9 +13,10 @@ import typer
 from typer.core import TyperGroup
 
 from mlxvlm.backend import missing_backend
-from mlxvlm.errors import VLMError
+from mlxvlm.errors import UsageError, VLMError
 
 FAILED = 1
+WRONG_USAGE = 2
 INTERRUPTED = 130
 
 # What MLX says when the GPU or the memory fails, and what helps. The first match counts.
@@ -83,7 +84,8 @@ class Boundary(TyperGroup):
             if message is None:
                 raise
             typer.echo(f"mlxvlm: error: {message}", err=True)
-            raise typer.Exit(FAILED) from None
+            wrong = isinstance(error, UsageError)
+            raise typer.Exit(WRONG_USAGE if wrong else FAILED) from None
 
 
 def describe(error: Exception) -> str | None:

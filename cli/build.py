@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,9 +14,13 @@ def build(
     ],
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
-    projector: Annotated[str, typer.Option(help="attention or mlp.")] = "attention",
+    projector: Annotated[
+        Literal["attention", "mlp"],
+        typer.Option(help="Two self-attention blocks, or LLaVA's two linear layers."),
+    ] = "attention",
     pool: Annotated[
-        str, typer.Option(help="none, mean2, concat2 or concat3: fewer visual tokens.")
+        Literal["none", "mean2", "concat2", "concat3"],
+        typer.Option(help="Fewer visual tokens: means, or neighbours side by side."),
     ] = "none",
     projector_width: Annotated[
         int, typer.Option(min=0, help="Width of the projector; 0 is its default.")
@@ -39,8 +43,8 @@ def build(
         typer.Option("--feature-norm/--no-feature-norm", help="The tower's final norm after it."),
     ] = None,
     layout: Annotated[
-        str | None,
-        typer.Option(help="llama-3, vicuna_v1, plain or chat_template. Default: by the tokenizer."),
+        Literal["llama-3", "vicuna_v1", "plain", "chat_template"] | None,
+        typer.Option(help="The prompt's layout. Default: by the tokenizer."),
     ] = None,
     fresh_language: Annotated[
         bool,
@@ -52,7 +56,8 @@ def build(
         str, typer.Option(metavar="TEXT", help="A line that the model says of itself in a chat.")
     ] = "",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="What tensors become. Default: as stored."),
     ] = None,
     vision_revision: Annotated[str | None, typer.Option(help="Of a hub encoder.")] = None,
     language_revision: Annotated[str | None, typer.Option(help="Of a hub language model.")] = None,

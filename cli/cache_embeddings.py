@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -44,17 +44,21 @@ def cache_embeddings(
         ),
     ] = None,
     codec: Annotated[
-        str,
+        Literal["float32", "bf16", "fp16"],
         # Half of float32's bytes, and what an encoder that computes in bf16 gives, bit for bit.
-        typer.Option("--codec", help="float32, bf16 or fp16."),
+        typer.Option("--codec", help="How features are kept."),
     ] = "bf16",
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="Computed in float32 or bfloat16. Default: as stored."),
+        Literal["float32", "bfloat16"] | None,
+        typer.Option("--dtype", help="What it is computed in. Default: as stored."),
     ] = None,
     pool: Annotated[
-        str, typer.Option("--pool", help="none, or mean2: 2x2 means, a quarter of the tokens.")
-    ] = "none",
+        Literal["none", "mean2"] | None,
+        typer.Option(
+            "--pool",
+            help="mean2: 2x2 means, a quarter of the tokens. Default: a model's own, or none.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Pictures at once. Default: 8, or the cache's."),

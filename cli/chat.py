@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -80,8 +80,8 @@ def chat(
         ),
     ] = False,
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: as stored."),
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="What tensors become. Default: as stored."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")

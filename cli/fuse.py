@@ -14,9 +14,11 @@ def fuse(
 ) -> None:
     """Merge adapters into their model; a quantised layer under an adapter becomes unquantised."""
     from mlxvlm.language import lora
+    from mlxvlm.weights.join import check_out
     from mlxvlm.weights.load import load
     from mlxvlm.weights.save import save
 
+    check_out(out, model)
     vlm = load(model, adapter=adapter_path)
     lora.fuse(vlm.language)
     save(vlm, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,7 +23,8 @@ def score(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32 or bfloat16. Default: as stored.")
+        Literal["float32", "bfloat16"] | None,
+        typer.Option("--dtype", help="What it is computed in. Default: as stored."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")

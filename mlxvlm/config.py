@@ -20,6 +20,8 @@ MODEL_TYPE = "mlxvlm"
 FORMAT_VERSION = 1
 POOLS = ("none", "mean2", "concat2", "concat3")
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
 T = TypeVar("T")
 
 
@@ -272,7 +274,7 @@ def pooled_tokens(vision: VisionConfig, pool: str) -> int:
 
 
 def read_dataclass(cls: type[T], raw: dict[str, Any], where: str) -> T:
-    """Builds a config dataclass from a dict; an unknown field is an error that names it."""
+    """Builds a config dataclass from a dict; an unknown or mistyped field is an error naming it."""
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     extra = sorted(set(raw) - names)
     if extra:
@@ -280,10 +282,17 @@ def read_dataclass(cls: type[T], raw: dict[str, Any], where: str) -> T:
             f"unknown field{'s' if len(extra) > 1 else ''} in {where!r}: {', '.join(extra)}. "
             f"Known: {', '.join(sorted(names))}."
         )
-    try:
-        return cls(**raw)
-    except TypeError as error:
-        raise ConfigError(f"{where!r} cannot be read: {error}.") from None
+    defaults = cls()
+    for name, value in raw.items():
+        kind = type(getattr(defaults, name))
+        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        if kind in (bool, int, float, str) and not fits:
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                continue
+            raise ConfigError(
+                f"{name} in {where!r} must be {KINDS[kind]}, not {json.dumps(value, default=str)}."
+            )
+    return cls(**raw)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

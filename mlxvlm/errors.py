@@ -1,7 +1,8 @@
 """What can go wrong, as a user sees it.
 
     VLMError                 a user's error: printed as one line, never as a traceback
-    ├── ConfigError          a config.json, recipe or flag that cannot be meant
+    ├── ConfigError          a config.json or recipe that cannot be meant
+    │   └── UsageError       a flag that cannot be meant (exit code 2)
     ├── WeightsError         a checkpoint whose tensors do not fit its config
     ├── HubError             a repository that cannot be had
     ├── PictureError         a file that is no usable picture
@@ -20,6 +21,10 @@ class VLMError(Exception):
 
 class ConfigError(VLMError):
     """A configuration value that is missing, unknown or impossible."""
+
+
+class UsageError(ConfigError):
+    """A flag, or the same value in a recipe, that is missing, unknown or out of its range."""
 
 
 class WeightsError(VLMError):

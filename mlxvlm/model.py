@@ -121,9 +121,15 @@ class VLM(nn.Module):
         rows = np.array(tokens)
         rows = rows[None] if rows.ndim == 1 else rows
         pictures = pictures or []
-        counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
+        each = self.config.tokens_per_view
+        counts = [len(p.views) * each for p in pictures]
         self._check_places(rows == self.config.prompt.image_token_id, counts)
         visual = self.project(pictures) if pictures else None
+        if visual is not None and len(visual) != sum(counts):
+            raise PromptError(
+                f"the features give {len(visual)} visual tokens instead of {sum(counts)}, {each} a "
+                "view: they are another encoder's."
+            )
         return self.splice(rows, visual)
 
     def splice(self, tokens: np.ndarray, visual: mx.array | None) -> mx.array:
@@ -150,6 +156,14 @@ class VLM(nn.Module):
             raise PromptError(
                 f"{len(counts)} pictures give {int(ends[-1])} visual tokens, but the tokens have "
                 f"places for {int(needed[-1])}."
+            )
+        starts_and_ends = np.flatnonzero(places).reshape(-1, self.config.tokens_per_view)[
+            :, [0, -1]
+        ]
+        if np.any(np.diff(starts_and_ends) != self.config.tokens_per_view - 1):
+            raise PromptError(
+                f"other tokens stand among the {self.config.tokens_per_view} image tokens of a "
+                "view, which must follow each other."
             )
 
     def __call__(

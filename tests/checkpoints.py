@@ -71,15 +71,20 @@ def old_rope(text: dict[str, Any]) -> None:
 
 
 def quantise(
-    tensors: Tensors, chosen: Callable[[str], bool], bits: int = 8
+    tensors: Tensors,
+    chosen: Callable[[str], bool],
+    bits: int = 8,
+    group_size: int = 32,
+    mode: str = "affine",
 ) -> tuple[Tensors, Tensors]:
     """The chosen matrices quantised as mlx-lm stores them, and the same values dense."""
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
     packed, dense = dict(tensors), dict(tensors)
     for name in [
         n for n in tensors if n.endswith(".weight") and tensors[n].ndim == 2 and chosen(n)
     ]:
-        weight, scales, biases = mx.quantize(tensors[name], group_size=32, bits=bits)
+        parts = mx.quantize(tensors[name], **settings)  # floating blocks have no biases
         stem = name.removesuffix("weight")
-        packed |= {name: weight, stem + "scales": scales, stem + "biases": biases}
-        dense[name] = mx.dequantize(weight, scales, biases, group_size=32, bits=bits)
+        packed |= {stem + k: v for k, v in zip(("weight", "scales", "biases"), parts, strict=False)}
+        dense[name] = mx.dequantize(*parts, **settings).astype(tensors[name].dtype)
     return packed, dense

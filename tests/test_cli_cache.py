@@ -95,7 +95,7 @@ def test_another_encoder_or_codec_is_refused(tmp_path, model):
         assert done.exit_code == 1 and f"{field} (" in done.stderr, done.output
         assert "Traceback" not in done.output and done.stdout == ""
     assert shards(tmp_path / "cache") == before
-    assert command(*words, "--codec", "int3").exit_code == 1
+    assert command(*words, "--codec", "int3").exit_code == 2
 
 
 def test_info_and_verify(tmp_path):

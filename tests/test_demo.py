@@ -10,10 +10,9 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import mlxvlm  # noqa: E402
 from examples.shapes.evaluate import measure, measure_chats, measure_generated  # noqa: E402
 from examples.shapes.questions import SCORED  # noqa: E402
-
-import mlxvlm  # noqa: E402
 from mlxvlm.cli.main import app  # noqa: E402
 
 DEMO = ROOT / "weights" / "demo"

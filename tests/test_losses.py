@@ -7,8 +7,12 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
+from mlxvlm.config import LoRAConfig
 from mlxvlm.data.buckets import collate, epoch, group
 from mlxvlm.data.samples import Sample, Target
+from mlxvlm.language.forward import check_head
+from mlxvlm.language.lora import add_lora
+from mlxvlm.model import VLM
 from mlxvlm.train import losses
 from mlxvlm.train.losses import batch_loss, count
 from mlxvlm.train.stages import AuxiliaryTarget
@@ -93,6 +97,37 @@ def test_batches_equal_one_by_one(name, share_prefix, batch_size, grad_checkpoin
     for key, value in gradients.items():
         scale = mx.abs(value).max().item() + 1e-3
         assert mx.abs(others[key] - value).max().item() < 1e-4 * scale, key
+
+
+def test_recomputed_blocks_drop_what_the_forward_pass_dropped():
+    vlm, samples = tiny_vlm(), make_samples(1, 2)
+    vlm.freeze()
+    add_lora(vlm.language, LoRAConfig(rank=4, dropout=0.3))
+    for module in vlm.language.modules():
+        if "lora_b" in module:
+            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
+    vlm.train()
+    found = []
+    for grad_checkpoint in (False, True):
+        mx.random.seed(3)
+        loss, gradients = step(vlm, samples, 0, 1, grad_checkpoint)
+        found.append((loss, gradients, mx.random.uniform().item()))
+    (loss, plain, drawn), (other, recomputed, also) = found
+    assert other == pytest.approx(loss, rel=1e-6) and drawn == also
+    for name, value in plain.items():
+        assert mx.allclose(recomputed[name], value, rtol=1e-4, atol=1e-6).item(), name
+
+
+def test_a_decoder_inside_another_is_found():
+    """mlx-lm's Mistral 3 holds its decoder as `language_model`, its sizes in text_config."""
+    inner = tiny_config().language | {"model_type": "mistral"}
+    vlm = tiny_vlm(tiny_config(language=inner))
+    outer = VLM(tiny_config(language={"model_type": "mistral3", "text_config": inner}))
+    outer.language.language_model.update(vlm.language.parameters())
+    outer.vision, outer.projector = vlm.vision, vlm.projector
+    check_head(outer.language)
+    samples = make_samples()
+    assert step(outer, samples, 3, 2)[0] == pytest.approx(step(vlm, samples, 0, 1)[0], rel=1e-5)
 
 
 def test_loss_is_mean_over_supervised_tokens():

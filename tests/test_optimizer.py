@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxvlm.errors import WeightsError
 from mlxvlm.train import checkpoint
 from mlxvlm.train.optimizer import Optimizer, clip, learning_rate
 from mlxvlm.train.stages import TrainConfig, fingerprint
@@ -114,3 +115,13 @@ def test_resume_with_another_recipe_names_the_field(tmp_path):
     after = fingerprint(TrainConfig(train="projector,lm", batch_size=7))
     with pytest.raises(Exception, match="batch_size was 4, now 7"):
         checkpoint.load(tmp_path, optimizer, after)
+
+
+def test_resume_with_another_model_names_what_does_not_fit(tmp_path):
+    config = TrainConfig(train="projector,lm")
+    optimizer = Optimizer(config, parameters())
+    checkpoint.save(tmp_path, 1, parameters(), optimizer, fingerprint(config), keep=1)
+    name, *_ = parameters()
+    wider = parameters() | {name: mx.zeros((9, 9))}
+    with pytest.raises(WeightsError, match=f"misshapen: {name} "):
+        checkpoint.load(tmp_path, Optimizer(config, wider), fingerprint(config))

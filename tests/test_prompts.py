@@ -569,3 +569,24 @@ def test_missing_control_tokens_are_all_named():
 def test_plain_takes_a_picture_and_a_caption(messages, images, error):
     with pytest.raises(PromptError, match=error):
         lay(messages, "plain", images)
+
+
+PARTS_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("closing", [True, False])
+def test_a_template_that_reads_typed_parts_only(closing):
+    """As vision models' own templates do; the result is that of the same template with strings."""
+    messages, _ = normalize_messages(
+        [user("Hi"), says("Yo"), user("And?")][: 3 if closing else 2], []
+    )
+    config = PromptConfig(layout="chat_template", image_token_id=IMAGE)
+    typed = render(messages, [], chatml(PARTS_TEMPLATE), config, closing)
+    plain = render(messages, [], chatml(), config, closing)
+    assert np.array_equal(typed.tokens, plain.tokens) and typed.supervised.any()
+    assert np.array_equal(typed.supervised, plain.supervised)

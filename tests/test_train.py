@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
 from mlxvlm.cache.writer import write_cache
-from mlxvlm.errors import CacheError, ConfigError, DataError
+from mlxvlm.errors import CacheError, ConfigError, DataError, PictureError, UsageError
 from mlxvlm.language.lora import fuse
 from mlxvlm.model import VLM
 from mlxvlm.train.loop import Trainer
@@ -208,8 +208,13 @@ def test_bad_rows_cost_themselves(place, tmp_path):
     reasons = " ".join(reason for _, reason in seen["data"]["skipped"])
     assert "supervised" in reasons and "--max-seq-length 2048" in reasons and "no.png" in reasons
     assert {name for name, _ in summary["failed_pictures"]} == {"torn.png"}
+    flags["out"] = str(tmp_path / "strict")
     with pytest.raises(DataError, match="4 rows cannot be used"):
         Trainer(stage_config("pretrain", flags | {"strict": True}))
+    only = tmp_path / "torn.jsonl"
+    only.write_text(json.dumps({"image": "torn.png", "text": "a"}) + "\n")
+    with pytest.raises(PictureError, match="torn.png"):
+        Trainer(stage_config("pretrain", flags | {"data": str(only), "strict": True})).run()
 
 
 def test_cache_of_another_encoder_is_refused(place, tmp_path):
@@ -246,5 +251,62 @@ def test_validation_and_unfinished_out_folder(place, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [("val_loss" in line) for line in lines] == [False, True, False, True]
     assert lines[3]["val_loss"] == pytest.approx(trainer.evaluate(trainer.val), rel=1e-6)
-    with pytest.raises(ConfigError, match="--resume"):
+    with pytest.raises(UsageError, match="--resume"):
         train(place, "pretrain", tmp_path, iters=4)
+
+
+def test_what_is_there_is_not_overwritten(place, tmp_path):
+    with pytest.raises(UsageError, match="holds a model"):
+        train(place, "sft", place / "model")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        train(place, "sft", tmp_path / "file")
+
+
+WRONG = [
+    ({"train": "nose"}, "parts are projector"),
+    ({"train": "lm,lora:lm"}, "choose one"),
+    ({"schedule": "cube"}, "must be in cosine"),
+    ({"iters": -3}, r"--iters \(=-3\) must be at least 0"),
+    ({"epochs": 0.0}, "--epochs .* above 0"),
+    ({"lora_rank": 0}, "--lora-rank"),
+    ({"learning_rate": 0.0}, "--learning-rate .* above 0"),
+    ({"hold": 1.5}, "0 to 1"),
+    ({"out": ""}, "--out is missing"),
+    ({"grad_checkpoint": True, "share_prefix": 2}, "drop one"),
+    ({"images": "/nowhere"}, "--images must name a folder"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), WRONG)
+def test_flags_that_cannot_be_meant(place, tmp_path, flags, says):
+    with pytest.raises(UsageError, match=says):
+        Trainer(stage_config("lora", _flags(place, tmp_path) | flags))
+
+
+def test_a_projector_alone_needs_pictures(place, tmp_path):
+    data = tmp_path / "text.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    flags = _flags(place, tmp_path / "out") | {"data": str(data), "images": ""}
+    with pytest.raises(DataError, match="no row with a picture"):
+        Trainer(stage_config("pretrain", flags))
+    Trainer(stage_config("sft", flags | {"iters": 1})).run()
+
+
+def test_recipes(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('learning-rate = 3\nbatch_size = 2\ndata = "rows"\nmodel = "org/name"\n')
+    config = stage_config("pretrain", {"out": "o", "batch_size": 7}, recipe)
+    assert (config.learning_rate, config.batch_size, config.model) == (3, 7, "org/name")
+    assert config.data == str(tmp_path / "rows") and config.parts == ["projector"]
+    for text, says in (
+        ('iters = "3"', 'iters in .* must be a whole number, not "3"'),
+        ("iters = true", "iters in .* must be a whole number"),
+        ("strict = 1", "strict in .* must be true or false"),
+        ("itres = 3", "unknown field .* itres"),
+        ("iters = ", "cannot be read"),
+    ):
+        recipe.write_text(text + "\n")
+        with pytest.raises(ConfigError, match=says):
+            stage_config("pretrain", {"model": "m", "data": "d", "out": "o"}, recipe)

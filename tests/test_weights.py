@@ -96,6 +96,43 @@ def test_mlx_community_quantised(tmp_path: Path, overrides: bool) -> None:
     assert again.config.quantization == quantization_of(quantised)
 
 
+@pytest.mark.parametrize("bits, group_size, mode", [(4, 32, "mxfp4"), (4, 16, "nvfp4")])
+def test_quantised_in_floating_blocks(
+    tmp_path: Path, bits: int, group_size: int, mode: str
+) -> None:
+    config, tensors = read(rewrite(LLAVA, tmp_path / "mlx", "mlx"))
+    tensors = {k: v.astype(mx.float32) for k, v in tensors.items()}
+    # Not the table: one of this kind gives bfloat16 embeddings.
+    packed, dense = quantise(
+        tensors, lambda n: "language_model.model.layers" in n, bits, group_size, mode
+    )
+    block = {"group_size": group_size, "bits": bits, "mode": mode}
+    files = {"preprocessor_config": json.loads((LLAVA / "preprocessor_config.json").read_text())}
+    a = write(tmp_path / "a", {**config, "quantization": block}, packed, "mlx", **files)
+    quantised = mlxvlm.load(a)
+    plain = mlxvlm.load(write(tmp_path / "b", config, dense, "mlx", **files))
+    assert quantised.language.model.layers[0].mlp.up_proj.mode == mode
+    assert np.abs(logits(quantised) - logits(plain)).max() < 1e-4
+    save(quantised, tmp_path / "out")
+    again = mlxvlm.load(tmp_path / "out")
+    assert same(again, quantised) and again.config.quantization == block
+
+
+def test_a_quantised_position_table_is_made_dense_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    """Made dense in the half precision of its scales, it would be rounded twice."""
+    config, tensors = read(rewrite(LLAVA, tmp_path / "mlx", "mlx"))
+    tensors = {k: v.astype(mx.float16) for k, v in tensors.items()}
+    packed, _ = quantise(tensors, lambda n: "position_embedding" in n)
+    block = {"group_size": 32, "bits": 8}
+    files = {"preprocessor_config": json.loads((LLAVA / "preprocessor_config.json").read_text())}
+    folder = write(tmp_path / "a", {**config, "quantization": block}, packed, "mlx", **files)
+    stem = "vision_tower.vision_model.embeddings.position_embedding."
+    scales, biases = (packed[stem + part].astype(mx.float32) for part in ("scales", "biases"))
+    wanted = mx.dequantize(packed[stem + "weight"], scales, biases, **block)
+    found = mlxvlm.load(folder, dtype="float32").vision.embeddings.position_embedding.weight
+    assert mx.array_equal(found, wanted).item()
+
+
 def test_feature_head_and_unused_blocks_are_left_out() -> None:
     names = parameters(mlxvlm.load(with_tokenizer(LLAVA)).vision)
     assert not any(".layers.1." in n or n.startswith(("head", "post_layernorm")) for n in names)

@@ -7,9 +7,10 @@ A projector trained with them lies in `projector.safetensors`: mlx-lm would refu
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,7 @@ from mlxvlm.config import LoRAConfig, read_dataclass, read_json
 from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.language.lora import adapter_parameters, add_lora
 from mlxvlm.weights.check import check
+from mlxvlm.weights.save import room_beside, sync
 
 if TYPE_CHECKING:
     from mlxvlm.model import VLM
@@ -32,16 +34,27 @@ def save_adapter(vlm: VLM, config: LoRAConfig, folder: str | Path, projector: bo
     """Writes the adapters, their config, and the projector where it was trained too."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / ADAPTERS), adapter_parameters(vlm.language))
     raw = asdict(config)
     described = {
         "fine_tune_type": "lora",
         "num_layers": raw.pop("num_layers"),
         "lora_parameters": raw,
+        "trained_on": _choices(vlm),
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    if projector:
-        mx.save_safetensors(str(folder / PROJECTOR), dict(tree_flatten(vlm.projector.parameters())))
+    with room_beside(folder) as beside:
+        mx.save_safetensors(str(beside / ADAPTERS), adapter_parameters(vlm.language))
+        (beside / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        if projector:
+            weights = dict(tree_flatten(vlm.projector.parameters()))
+            mx.save_safetensors(str(beside / PROJECTOR), weights)
+        names = [file.name for file in beside.iterdir()]
+        for name in names:
+            sync(beside / name)
+        if not projector:  # an earlier run's would be loaded with these
+            (folder / PROJECTOR).unlink(missing_ok=True)
+        for name in names:
+            os.replace(beside / name, folder / name)
+    sync(folder)
 
 
 def load_adapter(vlm: VLM, folder: str | Path) -> LoRAConfig:
@@ -52,6 +65,12 @@ def load_adapter(vlm: VLM, folder: str | Path) -> LoRAConfig:
     raw = read_json(folder / ADAPTER_CONFIG)
     if raw.get("fine_tune_type", "lora") != "lora":
         raise ConfigError(f"{folder}: adapters of type {raw['fine_tune_type']!r} cannot be loaded.")
+    theirs, ours = raw.get("trained_on"), _choices(vlm)
+    if theirs and (other := sorted(name for name in ours if theirs.get(name) != ours[name])):
+        raise WeightsError(
+            f"the adapters in {folder} were trained on another model: its {', '.join(other)} "
+            "differ. Give the model that `mlxvlm lora` started from."
+        )
     parameters = {**raw.get("lora_parameters", {}), "num_layers": raw.get("num_layers", -1)}
     config = read_dataclass(LoRAConfig, parameters, "lora_parameters")
     add_lora(vlm.language, config)
@@ -60,6 +79,12 @@ def load_adapter(vlm: VLM, folder: str | Path) -> LoRAConfig:
         projector = dict(tree_flatten(vlm.projector.parameters()))
         load_into(vlm.projector, projector, folder / PROJECTOR)
     return config
+
+
+def _choices(vlm: VLM) -> dict[str, Any]:
+    """The five choices; adapters fit a model and its quantised copy alike."""
+    raw = json.loads(json.dumps(vlm.config.to_dict()))
+    return {name: raw[name] for name in ("tiling", "vision", "projector", "prompt", "language")}
 
 
 def load_into(module: nn.Module, wanted: dict[str, mx.array], path: Path) -> None:

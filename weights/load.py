@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxvlm.config import ModelConfig, TilingConfig, VisionConfig, read_dataclass, read_json
-from mlxvlm.errors import ConfigError
+from mlxvlm.errors import ConfigError, PromptError
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
@@ -71,7 +71,7 @@ def load(
 
 def load_encoder(
     path_or_hub_id: str | Path,
-    pool: str = "none",
+    pool: str | None = None,
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
     tiling: TilingConfig | dict[str, Any] | None = None,
@@ -81,6 +81,7 @@ def load_encoder(
 ) -> Encoder:
     """The encoder alone, from a SigLIP or CLIP repository or from any whole model.
 
+    pool: "none" or "mean2"; by default what a whole model's projector asks for, otherwise "none".
     tiling: fields that override the checkpoint's. feature_layer, feature_norm: which hidden state
     it gives, and whether the final norm follows; by default the checkpoint's own choice (a SigLIP's
     last layer with its norm; CLIP's last but one without).
@@ -101,6 +102,9 @@ def load_encoder(
         quantization=_quantization(checkpoint, family),
     )
     weight = holder.vision.embeddings.patch_embedding.weight
+    if pool is None:
+        means = family in WHOLE and family.model(checkpoint).projector.pool == "mean2"
+        pool = "mean2" if means else "none"
     return Encoder(holder.vision, config, tiles, pool=pool, dtype=weight.dtype)
 
 
@@ -187,9 +191,22 @@ def layout_for(tokenizer: Tokenizer) -> str:
     """The prompt layout that a tokenizer's control tokens and template ask for."""
     if tokenizer.id("<|start_header_id|>") is not None:
         return "llama-3"
-    template = tokenizer.chat_template
-    vicuna = template is None or ("USER:" in template and "ASSISTANT:" in template)
-    return "vicuna_v1" if vicuna else "chat_template"
+    if tokenizer.chat_template is None or _speaks_as_vicuna(tokenizer):
+        return "vicuna_v1"
+    return "chat_template"
+
+
+def _speaks_as_vicuna(tokenizer: Tokenizer) -> bool:
+    """Whether a template writes "USER: ... ASSISTANT:"; only its output tells, not its source."""
+    part = {"type": "text", "text": "x"}
+    for content in ("x", [part]):  # some templates read plain strings, LLaVA's own typed parts
+        try:
+            text = tokenizer.render([{"role": "user", "content": content}], True)
+        except PromptError:
+            continue
+        if "USER: x" in text and text.rstrip().endswith("ASSISTANT:"):
+            return True
+    return False
 
 
 def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] | None:
@@ -197,6 +214,7 @@ def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] 
 
 
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:
+    _check_not_unfinished(folder)
     kind = read_json(folder / "config.json").get("model_type")
     for family in families:
         if kind in family.MODEL_TYPES:
@@ -211,6 +229,20 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
         f"{folder} is not {what} that can be loaded: its model_type is {kind!r}, not one of "
         f"{known}.{hint}"
     )
+
+
+def _check_not_unfinished(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapters.safetensors").exists():
+        raise ConfigError(
+            f"{folder} holds adapters, not a model: give them as --adapter-path, and with -m the "
+            "model that they were trained on."
+        )
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{folder} holds a training run that is not finished: finish it with --resume."
+        )
 
 
 class _Holder(nn.Module):

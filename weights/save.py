@@ -14,6 +14,8 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,26 +50,22 @@ def save(vlm: VLM, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     mx.eval(list(weights.values()))  # what is still to be read from a file must be, before it goes
     folder.mkdir(parents=True, exist_ok=True)
     _check_room(folder, sum(w.nbytes for w in weights.values()))
-    for left in folder.glob(".saving-*"):  # of a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
     config = dataclasses.replace(vlm.config, quantization=quantization_of(vlm))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        beside = Path(temporary)
+    with room_beside(folder) as beside:
         _write_tensors(weights, beside, shard_bytes)
         if vlm.tokenizer is not None:
             _save_tokenizer(vlm.tokenizer, beside)
         config.save(beside / "config.json")
         names = sorted(file.name for file in beside.iterdir())
         for name in names:
-            _sync(beside / name)
+            sync(beside / name)
         # config.json goes last: where it is new, all that it speaks of is there.
         names.remove("config.json")
         for name in names:
             os.replace(beside / name, folder / name)
         _remove_stale(folder, set(names))
         os.replace(beside / "config.json", folder / "config.json")
-    if os.name == "posix":
-        _sync(folder)
+    sync(folder)
 
 
 def quantization_of(module: nn.Module) -> dict[str, Any] | None:
@@ -136,14 +134,30 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _sync(path: Path) -> None:
+@contextmanager
+def room_beside(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` for new files, gone afterwards, and with it any that a kill left."""
+    for left in folder.glob(".saving-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
+        yield Path(beside)
+
+
+def sync(path: Path) -> None:
+    """Makes a file or folder last, past the drive's own memory where that is possible."""
     handle = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":
             import fcntl
 
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # fsync alone is not durable on macOS
-        else:
-            os.fsync(handle)
+            try:
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # fsync alone stops at the drive
+                return
+            except OSError:
+                pass  # not every file system has it; fsync is the next best
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(handle)

@@ -103,6 +103,8 @@ def fill(
     weights = {name: raw.pop(key) for name, key in source.items()}
     weights = _sanitized(module, weights)
     weights = {n: _channels_last(n, w, checkpoint.writer) for n, w in weights.items()}
+    # Before a quantised table becomes a dense one, so that it is not rounded on the way.
+    weights = {n: w.astype(cast_dtype(n, w.dtype, dtype)) for n, w in weights.items()}
     weights = _quantize(module, weights, quantization)
     flat: Any = tree_flatten(module.parameters())
     expected = {
@@ -124,7 +126,6 @@ def fill(
     ready, bad = [], []
     for name in sorted(weights):
         value = weights.pop(name)
-        value = value.astype(cast_dtype(name, value.dtype, dtype))
         try:
             mx.eval(value)
         except RuntimeError as error:

@@ -43,7 +43,8 @@ class Pictures:
             return self.cache.num_views(name)
         path = self.root / name
         if not path.is_file():
-            raise DataError(f"picture {path} does not exist.")
+            what = "is no file" if path.exists() else "does not exist"
+            raise DataError(f"picture {path} {what}; --images names the folder that it lies in.")
         assert self.encoder is not None
         return 1 if self.encoder.tiling.type == "single" else len(self.get(name).views)
 
@@ -66,7 +67,10 @@ class Pictures:
 
 @dataclass
 class Feed:
-    """Endless micro-batches in an order that only `seed` and the rows decide."""
+    """Endless micro-batches in an order that only `seed` and the rows decide.
+
+    strict: a picture that fails ends the run, instead of costing its own rows.
+    """
 
     samples: Sequence[Sample]
     pictures: Pictures
@@ -74,6 +78,7 @@ class Feed:
     length_multiple: int = 32
     share_prefix: int = 0
     seed: int = 0
+    strict: bool = False
     failed: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,6 +104,8 @@ class Feed:
             try:
                 pictures = [self.pictures.get(name) for name in one.rows[0].images]
             except VLMError as error:
+                if self.strict:
+                    raise
                 self.failed.append((", ".join(one.rows[0].images), str(error)))
                 continue
             kept.append(one)

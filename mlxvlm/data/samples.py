@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..attention import SHORT_QUERIES
 from ..config import ModelConfig
 from ..errors import DataError, VLMError
 from ..prompts import Prompt, normalize_messages, render
@@ -108,7 +109,7 @@ def prepare(
                 counts = [count_views(name) * config.tokens_per_view for name in images]
                 rows.append(_Row(where, record, parts, list(images), counts))
             except VLMError as error:
-                skipped.append((where, str(error)))
+                skipped.append((where, str(error).removeprefix(f"{where}: ")))
         for row, prompt in zip(rows, _render(rows, tokenizer, config), strict=True):
             try:
                 if isinstance(prompt, VLMError):
@@ -154,13 +155,15 @@ def _sample(
     if not prompt.supervised.any():
         raise DataError("nothing is supervised: no assistant turn has an answer.")
     end = max((start + n for start, n in prompt.slots), default=0)
+    # A shared part of so few positions would meet the trap that `attention` describes.
+    alone = end <= SHORT_QUERIES or prompt.supervised[:end].any()
     raw = row.record.targets or {}
     found = {name: [_target(each, prompt, words) for each in raw.get(name, [])] for name in targets}
     return Sample(
         tokens=prompt.tokens,
         supervised=prompt.supervised,
         images=row.images,
-        prefix=0 if prompt.supervised[:end].any() else end,
+        prefix=0 if alone else end,
         targets={name: kept for name, kept in found.items() if kept},
         slots=prompt.slots,
     )

@@ -18,12 +18,17 @@ import mlx.nn as nn
 from ..errors import ConfigError
 
 
+def decoder(lm: nn.Module) -> Any:
+    """The text decoder itself, which some of mlx-lm's classes (gemma3, mistral3) hold inside."""
+    return lm.language_model if "language_model" in lm else lm
+
+
 def trunk(lm: nn.Module) -> nn.Module:
     """The decoder below its head: embeddings in, normed hidden states out."""
-    inner = getattr(lm, "model", None)
+    inner = getattr(decoder(lm), "model", None)
     if inner is None or not hasattr(inner, "layers"):
         raise ConfigError(
-            f"language models of type {lm.model_type!r} cannot be trained here: mlx-lm's class has "
+            f"language models of type {lm.model_type!r} cannot be used here: mlx-lm's class has "
             "no `model` with `layers` under its head."
         )
     return inner
@@ -52,9 +57,10 @@ def head(lm: nn.Module, hidden: mx.array) -> mx.array:
 
 def head_module(lm: nn.Module) -> Any:
     """The module whose weights make the logits: the head, or the table where they are tied."""
+    inner = decoder(lm)
     for name in ("lm_head", "output"):
-        if name in lm:
-            return lm[name]
+        if name in inner:
+            return inner[name]
     return embedding(lm)
 
 
@@ -140,9 +146,24 @@ def _wrapped(
 
 
 def _checkpointed(layer: nn.Module) -> Callable[..., mx.array]:
-    def inner(params: dict[str, Any], *args: Any, **kwargs: Any) -> mx.array:
-        layer.update(params)
-        return layer(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> mx.array:
+        randomness: Any = mx.random.state
+        start = mx.array(randomness[0])
+        calls = 0
 
-    recompute = mx.checkpoint(inner)
-    return lambda *args, **kwargs: recompute(layer.trainable_parameters(), *args, **kwargs)
+        def inner(params: dict[str, Any], *args: Any, **kwargs: Any) -> mx.array:
+            nonlocal calls
+            calls += 1
+            layer.update(params)
+            if calls == 1:
+                return layer(*args, **kwargs)
+            # The backward pass must drop what the forward pass dropped, and draw nothing itself.
+            after = mx.array(randomness[0])
+            randomness[0][:] = start
+            out = layer(*args, **kwargs)
+            randomness[0][:] = after
+            return out
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+
+    return run

@@ -13,7 +13,7 @@ many templates trim. What is learnt is found by rendering prefixes:
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import PromptConfig
 from ..errors import PromptError
@@ -37,13 +37,18 @@ def pieces(
         system: Message = {"role": "system", "content": [{"type": "text", "text": prompt.system}]}
         messages, shift = [system, *messages], 1
     marked = [_mark(message, at) for at, message in enumerate(messages)]
-    full = tokenizer.render(marked, add_generation_prompt)
-    shown = [int(number) for number in MARK.findall(full)]
+    full, shown = _show(marked, tokenizer, add_generation_prompt)
+    if shown != list(range(len(messages))):
+        # Templates of vision models often read typed parts only.
+        typed = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in marked]
+        parted = _show(typed, tokenizer, add_generation_prompt)
+        if parted[1] == list(range(len(messages))):
+            marked, (full, shown) = typed, parted
     if shown != list(range(len(messages))):
         raise PromptError(
             "the tokenizer's chat template drops, repeats or reorders messages: of "
             f"{len(messages)} it shows {[number - shift for number in shown]}. "
-            "Choose another prompt.layout."
+            "Choose another prompt.layout in the model's config.json."
         )
     cut = tokenizer.split_control(full)
     learnt: list[Span] = []
@@ -58,7 +63,7 @@ def pieces(
             raise PromptError(
                 "prompt.layout 'chat_template' cannot train with this tokenizer's template: what "
                 f"it renders up to message {at - shift} is not how the whole conversation begins. "
-                "Choose another prompt.layout."
+                "Choose another prompt.layout in the model's config.json."
             )
 
     out: list[Piece] = []
@@ -77,7 +82,20 @@ def pieces(
     return out
 
 
-def _mark(message: Message, at: int) -> dict[str, str]:
+def _show(
+    marked: list[dict[str, Any]], tokenizer: Tokenizer, add_generation_prompt: bool
+) -> tuple[str, list[int]]:
+    """What the template makes of the marks, and which of them are in it; none where it fails."""
+    try:
+        full = tokenizer.render(marked, add_generation_prompt)
+    except PromptError:
+        if isinstance(marked[0]["content"], str):
+            return "", []  # it may take typed parts
+        raise
+    return full, [int(number) for number in MARK.findall(full)]
+
+
+def _mark(message: Message, at: int) -> dict[str, Any]:
     """What the template sees: the whitespace around the message, and between it the mark."""
     parts = [part for part in message["content"] if part["type"] == "image" or part["text"]]
     before = after = ""

@@ -19,6 +19,8 @@ import mlx.core as mx
 
 from ..config import read_json
 from ..errors import ConfigError
+from ..weights.check import check
+from ..weights.save import sync
 from .optimizer import Optimizer
 
 FOLDER = "checkpoints"
@@ -76,20 +78,7 @@ def load(
     weights = mx.load(str(folder / "weights.safetensors"))
     arrays = mx.load(str(folder / "optimizer.safetensors"))
     assert isinstance(weights, dict) and isinstance(arrays, dict)
+    check(optimizer.shapes, weights, str(folder))
     optimizer.from_arrays(arrays)
     mx.eval(weights, optimizer.state)
     return state["step"], weights
-
-
-def sync(path: Path) -> None:
-    """Makes a file or folder durable. On macOS plain fsync stops at the drive's own cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            import fcntl
-
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined]
-        except (ImportError, AttributeError, OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

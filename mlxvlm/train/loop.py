@@ -26,11 +26,11 @@ from ..data.buckets import Batch
 from ..data.feed import Feed, Pictures
 from ..data.samples import prepare
 from ..data.sources import read_rows
-from ..errors import ConfigError, DataError, VLMError
+from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..language.forward import check_head
 from ..language.lora import add_lora
 from ..vision.encoder import Encoder
-from ..weights.adapter import save_adapter
+from ..weights.adapter import ADAPTERS, save_adapter
 from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
@@ -54,7 +54,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, report: Report | None = None):
         self.config = config
         self.report = report or (lambda kind, values: None)
-        self.out = Path(config.out)
+        self.out = _check_out(config)
         self.vlm = load(
             config.model, report=lambda found: self.report("download", {"what": str(found)})
         )
@@ -107,6 +107,8 @@ class Trainer:
     def _feed(self, data: str) -> Feed:
         config = self.config
         root = Path(config.images or (Path(data) if Path(data).is_dir() else Path(data).parent))
+        if not root.is_dir():
+            raise UsageError(f"--images must name a folder, and {root} is none.")
         pictures = Pictures(self.encoder, root, self.cache)
         assert self.vlm.tokenizer is not None
         samples, skipped = prepare(
@@ -123,6 +125,10 @@ class Trainer:
             raise DataError(f"{data}: {len(skipped)} rows cannot be used; {where}: {reason}")
         if not samples:
             raise DataError(f"{data} has no rows.")
+        if config.parts == ["projector"] and not any(sample.images for sample in samples):
+            raise DataError(
+                f"{data} has no row with a picture, and nothing else trains a projector."
+            )
         return Feed(
             samples,
             pictures,
@@ -130,6 +136,7 @@ class Trainer:
             config.length_multiple,
             config.share_prefix,
             config.seed,
+            config.strict,
         )
 
     def run(self) -> dict[str, Any]:
@@ -139,11 +146,6 @@ class Trainer:
         if config.resume:
             self.step, weights = checkpoint.load(self.out, self.optimizer, fingerprint(config))
             self.vlm.update(tree_unflatten(list(weights.items())))
-        elif checkpoint.steps(self.out):
-            raise ConfigError(
-                f"{self.out} holds checkpoints of an earlier run; add --resume, or name another "
-                "--out."
-            )
         metrics = _open_metrics(self.out / METRICS, self.step)
         self.vlm.train()
         reading = self.feed.read(self.step * config.grad_accumulation_steps)
@@ -269,6 +271,23 @@ class Trainer:
         if "lm" in self.config.parts:
             self.vlm.language.set_dtype(self.stored_dtype)
         save(self.vlm, self.out)
+
+
+def _check_out(config: TrainConfig) -> Path:
+    """The result's folder: new, or empty, or that of the run which --resume goes on with."""
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must name a folder, and {out} is a file.")
+    if config.resume:
+        return out
+    if checkpoint.steps(out):
+        raise UsageError(
+            f"--out {out} holds checkpoints of an earlier run; add --resume, or name another "
+            "folder."
+        )
+    if any((out / name).exists() for name in ("config.json", ADAPTERS)):
+        raise UsageError(f"--out {out} holds a model already; name another folder.")
+    return out
 
 
 def _dtype(module: nn.Module) -> mx.Dtype:

@@ -35,13 +35,13 @@ def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
 
 
 def supervised_loss(
-    lm: nn.Module, hidden: mx.array, labels: mx.array, weights: mx.array, vocab_size: int
+    lm: nn.Module, hidden: mx.array, labels: mx.array, weights: mx.array
 ) -> mx.array:
     """Sum over S positions of weight * cross-entropy, of normed hidden states [S, D]."""
-    rows = max(1, CHUNK // vocab_size)
+    module = head_module(lm)
+    rows = max(1, CHUNK // module.weight.shape[0])
     if hidden.shape[0] <= rows:
         return (cross_entropy(head(lm, hidden), labels) * weights).sum()
-    module = head_module(lm)
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], rows):
         cut = slice(start, start + rows)
@@ -91,11 +91,8 @@ def batch_loss(
     visual = None if views is None else vlm.project_views(views)
     hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
     chosen = hidden[mx.array(batch.predict)]
-    vocab_size = int(vlm.config.language["vocab_size"])
     labels, weights = mx.array(batch.labels), mx.array(batch.weights)
-    parts = {
-        "loss": supervised_loss(vlm.language, chosen, labels, weights, vocab_size) / totals["loss"]
-    }
+    parts = {"loss": supervised_loss(vlm.language, chosen, labels, weights) / totals["loss"]}
     total = parts["loss"]
     for name, wanted in batch.targets.items():
         if name not in targets:

@@ -34,6 +34,7 @@ class Optimizer:
     def __init__(self, config: TrainConfig, parameters: dict[str, mx.array]):
         if not parameters:
             raise ConfigError(f"--train (={config.train!r}) leaves nothing to train.")
+        self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         peaks = {"projector": config.projector_learning_rate or config.learning_rate}
         self.groups: list[tuple[float, optim.AdamW, list[str]]] = []
         for part in ("projector", "language"):

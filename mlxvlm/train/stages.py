@@ -14,10 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoRAConfig, read_dataclass
-from ..errors import ConfigError
+from ..errors import ConfigError, UsageError
 
 PARTS = ("projector", "lm", "lora:lm")
 SCHEDULES = ("cosine", "linear", "constant")
+
+# The least that a field may be.
+LEAST = {
+    "batch_size": 1,
+    "grad_accumulation_steps": 1,
+    "length_multiple": 1,
+    "max_seq_length": 1,
+    "lora_rank": 1,
+    "steps_per_report": 1,
+    "iters": 0,
+    "keep": 0,
+    "save_every": 0,
+    "steps_per_eval": 0,
+    "share_prefix": 0,
+    "warmup": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "projector_learning_rate": 0,
+}
 
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
 STAGES: dict[str, dict[str, Any]] = {
@@ -94,16 +113,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in self.parts:
             if name not in PARTS:
-                raise ConfigError(f"--train names {name!r}; parts are {', '.join(PARTS)}.")
+                raise UsageError(f"--train names {name!r}; parts are {', '.join(PARTS)}.")
         if {"lm", "lora:lm"} <= set(self.parts):
-            raise ConfigError("--train names both lm and lora:lm; choose one.")
+            raise UsageError("--train names both lm and lora:lm; choose one.")
         if self.schedule not in SCHEDULES:
-            raise ConfigError(f"--schedule (={self.schedule!r}) must be in {', '.join(SCHEDULES)}.")
-        for name in ("batch_size", "grad_accumulation_steps", "length_multiple", "max_seq_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{flag_name(name)} (={getattr(self, name)}) must be at least 1.")
+            raise UsageError(f"--schedule (={self.schedule!r}) must be in {', '.join(SCHEDULES)}.")
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                rule = f"must be at least {least}"
+                raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) {rule}.")
+        if not self.iters and not self.epochs > 0:
+            raise UsageError(f"--epochs (={self.epochs}) must be above 0 where --iters is 0.")
+        for name in ("learning_rate", "lora_scale"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) must be above 0.")
+        for name in ("hold", "min_learning_rate", "lora_dropout", "adam_beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) must be 0 to 1.")
         if self.grad_checkpoint and self.share_prefix:
-            raise ConfigError("--grad-checkpoint and --share-prefix do not go together; drop one.")
+            raise UsageError("--grad-checkpoint and --share-prefix do not go together; drop one.")
 
     @property
     def parts(self) -> list[str]:
@@ -126,7 +154,7 @@ def stage_config(
     values.update({k: v for k, v in flags.items() if v is not None})
     for name in ("model", "data", "out"):
         if not values.get(name):
-            raise ConfigError(f"{flag_name(name)} is missing; give it as a flag or in the recipe.")
+            raise UsageError(f"{flag_name(name)} is missing; give it as a flag or in the recipe.")
     return read_dataclass(TrainConfig, values, stage)
 
 
@@ -139,6 +167,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
+    raw = {name.replace("-", "_"): value for name, value in raw.items()}
     if "targets" in raw:
         raw["targets"] = {
             name: read_dataclass(AuxiliaryTarget, value, f"targets.{name}")
@@ -147,7 +176,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     for name in ("model", "data", "out", "images", "cache", "val_data"):
         value = raw.get(name)
         # A model may be a hub id, so only what lies beside the recipe is taken as a path.
-        if value and (name != "model" or (path.parent / value).exists()):
+        if isinstance(value, str) and value and (name != "model" or (path.parent / value).exists()):
             raw[name] = str((path.parent / value).resolve())
     return raw
 

@@ -1,0 +1,99 @@
+"""Adapters on disk: whole or absent, and nothing of an earlier run among them."""
+
+import errno
+
+import mlx.core as mx
+import pytest
+from tiny_vlm import tiny_vlm
+from typer.testing import CliRunner
+
+from mlxvlm.config import LoRAConfig
+from mlxvlm.errors import ConfigError, WeightsError
+from mlxvlm.language.lora import add_lora
+from mlxvlm.weights import adapter as module
+from mlxvlm.weights.adapter import load_adapter, save_adapter
+from mlxvlm.weights.load import load
+from mlxvlm.weights.save import save, sync
+
+
+def adapted(seed: int = 1):
+    vlm, config = tiny_vlm(seed=seed), LoRAConfig(rank=2)
+    add_lora(vlm.language, config)
+    return vlm, config
+
+
+def test_an_earlier_projector_is_not_left_beside_new_adapters(tmp_path):
+    vlm, config = adapted()
+    save_adapter(vlm, config, tmp_path)
+    save_adapter(vlm, config, tmp_path, projector=False)
+    other = tiny_vlm(seed=5)
+    before = other.projector.out_proj.weight
+    load_adapter(other, tmp_path)
+    assert mx.array_equal(other.projector.out_proj.weight, before).item()
+
+
+def test_a_save_that_fails_leaves_the_earlier_adapters(tmp_path, monkeypatch):
+    vlm, config = adapted()
+    save_adapter(vlm, config, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == [module.ADAPTER_CONFIG, module.ADAPTERS, module.PROJECTOR]
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    changed, config = adapted(seed=2)
+    monkeypatch.setattr(module, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(changed, config, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_mac_syncs_past_the_drive_where_it_can(tmp_path, monkeypatch, refused):
+    calls = []
+
+    def full_sync(handle: int, what: int) -> None:
+        calls.append(what)
+        if refused:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("fcntl.F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr("fcntl.fcntl", full_sync)
+    monkeypatch.setattr("os.fsync", lambda handle: calls.append("fsync"))
+    sync(tmp_path)
+    assert calls == ([51, "fsync"] if refused else [51])
+
+
+def test_fuse_does_not_overwrite_its_model_or_another_kind(tmp_path):
+    from mlxvlm.cli.main import app
+
+    vlm, config = adapted()
+    save(tiny_vlm(), tmp_path / "model")
+    save_adapter(vlm, config, tmp_path / "adapter")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    for out, message in (("model", "folder of its own"), ("llama", "another kind of model")):
+        flags = ["--adapter-path", str(tmp_path / "adapter"), "--out", str(tmp_path / out)]
+        done = CliRunner().invoke(app, ["fuse", "-m", str(tmp_path / "model"), *flags])
+        assert done.exit_code and message in done.output
+
+
+def test_adapters_of_another_model_are_refused_by_what_differs(tmp_path):
+    vlm, config = adapted()
+    save_adapter(vlm, config, tmp_path)
+    other = tiny_vlm()
+    other.config.projector.pool = "mean2"
+    with pytest.raises(WeightsError, match="trained on another model: its projector differ"):
+        load_adapter(other, tmp_path)
+    load_adapter(tiny_vlm(), tmp_path)
+
+
+def test_a_folder_of_adapters_is_no_model(tmp_path):
+    vlm, config = adapted()
+    save_adapter(vlm, config, tmp_path / "adapters")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="--adapter-path"):
+        load(tmp_path / "adapters")
+    with pytest.raises(ConfigError, match="--resume"):
+        load(tmp_path / "run")
