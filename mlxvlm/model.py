@@ -48,6 +48,7 @@ class VLM(nn.Module):
             config.projector, config.vision, language_width(config.language)
         )
         self.language = build_language(config.language)
+        embedding(self.language)  # refuses, by name, a decoder that cannot be put together here
 
     @property
     def encoder(self) -> Encoder:

@@ -311,3 +311,19 @@ def test_the_digest_is_what_caches_on_disk_were_made_with():
         shape = ", ".join(str(side) for side in p.shape)
         digest.update(f"{name} [{shape}] float32\n".encode() + np.array(p).tobytes())
     assert encoder.identity()["sha256"] == digest.hexdigest()
+
+
+def test_many_views_go_through_in_batches(monkeypatch):
+    from mlxvlm.vision import encoder as module
+
+    encoder = make()
+    pictures = [Picture([view(i)]) for i in range(7)]
+    whole = encoder.encode(pictures)
+    sizes = []
+    run = encoder._run
+    monkeypatch.setattr(module, "MOST_TOKENS", 3 * encoder.config.num_tokens)
+    monkeypatch.setattr(encoder, "_run", lambda x: (sizes.append(len(x)), run(x))[1])
+    parts = encoder.encode(pictures)
+    assert sizes == [3, 3, 1]
+    for one, other in zip(parts, whole, strict=True):
+        assert difference(one.array, other.array) < 1e-6

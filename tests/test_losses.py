@@ -4,7 +4,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
 from mlxvlm.config import LoRAConfig
@@ -69,9 +68,12 @@ def step(vlm, samples, share_prefix, batch_size, grad_checkpoint=False, targets=
     loss, gradients = 0.0, {}
     for batch in batches:
         views = mx.stack([f.views[0] for f in vlm.features([pictures[n] for n in batch.images])])
-        (value, _), tree = gradient(vlm, batch, views, targets, totals, grad_checkpoint)
-        loss += value.item()
-        for name, value in tree_flatten(tree):
+        flat, parts = losses.gradients(
+            gradient, vlm, batch, views, targets, totals, grad_checkpoint
+        )
+        weights = {"loss": 1.0} | {name: targets[name].weight for name in targets}
+        loss += sum(weights[name] * part.item() for name, part in parts.items())
+        for name, value in flat.items():
             gradients[name] = gradients.get(name, 0) + value
     vlm.update(parameters)
     return loss, gradients
@@ -142,6 +144,24 @@ def test_loss_is_mean_over_supervised_tokens():
         total += (each * mx.array(sample.supervised[1:])).sum().item()
         tokens += sample.supervised[1:].sum()
     assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_float16_gradients_survive_many_supervised_tokens():
+    """Of a mean over 20,000 tokens they would underflow; a big step's total stands in for them."""
+    vlm, samples = tiny_vlm(), make_samples()
+    _, exact = step(vlm, samples, 0, 9, targets={})
+    vlm.language.set_dtype(mx.float16)
+    batch = collate(group(samples, 0), 8)
+    views = mx.stack(
+        [f.views[0] for f in vlm.features([vlm.look([picture(int(n))])[0] for n in batch.images])]
+    )
+    here = count([batch])["loss"]
+    gradient = nn.value_and_grad(vlm, batch_loss)
+    vlm.language.freeze()
+    found, _ = losses.gradients(gradient, vlm, batch, views, {}, {"loss": 20_000.0})
+    wanted = {name: exact[name] * (here / 20_000) for name in found}
+    off = sum(mx.square(found[name] - wanted[name]).sum().item() for name in found)
+    assert off < 0.01**2 * sum(mx.square(value).sum().item() for value in wanted.values())
 
 
 def test_chunked_logits_equal_whole(monkeypatch):

@@ -5,6 +5,7 @@ The thread handles files and NumPy only; whatever MLX does is done by the traini
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -79,11 +80,18 @@ class Feed:
     share_prefix: int = 0
     seed: int = 0
     strict: bool = False
-    failed: list[tuple[str, str]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[Group] = group(self.samples, self.share_prefix)
         self.batches_per_epoch = len(self._epoch(0))
+
+    def digest(self) -> str:
+        """Changes with any row: its tokens, what it supervises, its pictures' names, targets."""
+        found = hashlib.sha256()
+        for sample in self.samples:
+            found.update(sample.packed())
+        return found.hexdigest()
 
     def _epoch(self, number: int) -> list[list[int]]:
         return epoch(self.groups, self.batch_size, self.length_multiple, self.seed, number)
@@ -106,7 +114,7 @@ class Feed:
             except VLMError as error:
                 if self.strict:
                     raise
-                self.failed.append((", ".join(one.rows[0].images), str(error)))
+                self.failed[", ".join(one.rows[0].images)] = str(error)
                 continue
             kept.append(one)
             found += pictures

@@ -74,6 +74,15 @@ class Sample:
         """bool [length]; a visual token never is."""
         return self._whole(self._learnt, [False] * len(self._slots))
 
+    def packed(self) -> bytes:
+        """Everything that this row is, as bytes."""
+        targets = {
+            name: [(t.position, t.words.tolist(), t.masses.tolist()) for t in found]
+            for name, found in self.targets.items()
+        }
+        rest = repr((self._slots, self.images, self.prefix, targets)).encode()
+        return self._text.tobytes() + self._learnt.tobytes() + rest
+
     def _whole(self, text: np.ndarray, fills: Sequence[int]) -> np.ndarray:
         pieces, done, behind = [], 0, 0
         for (start, length, _), fill in zip(self._slots, fills, strict=True):

@@ -54,7 +54,7 @@ def adapter_parameters(lm: nn.Module) -> dict[str, mx.array]:
 
 
 def fuse(lm: nn.Module) -> None:
-    """Merges the adapters into their layers, in place: W + scale * (A B)ᵀ.
+    """Merges the adapters into their layers, in place: W + scale * (A B)ᵀ, rounded once.
 
     A quantised layer becomes an ordinary one: quantising the sum again would lose part of what was
     learnt.
@@ -62,7 +62,7 @@ def fuse(lm: nn.Module) -> None:
     from mlx_lm.tuner.lora import LoRALinear
 
     merged = [
-        (name, module.fuse(dequantize=True))
+        (name, _merge(module))
         for name, module in lm.named_modules()
         if isinstance(module, LoRALinear)
     ]
@@ -70,3 +70,30 @@ def fuse(lm: nn.Module) -> None:
         raise ConfigError("there is no adapter to fuse: give --adapter-path.")
     lm.update_modules(tree_unflatten(merged))
     mx.eval(lm.parameters())
+
+
+def _merge(module: Any) -> nn.Linear:
+    # mlx-lm's own fuse sums in the stored dtype, which rounds a bfloat16 layer three times.
+    linear = module.linear
+    weight, dtype = linear.weight, linear.weight.dtype
+    if isinstance(linear, nn.QuantizedLinear):
+        scales, biases = linear.scales, linear.biases
+        # The floating modes have scales of a few bits and no dtype of their own to go back to.
+        dtype = mx.float32
+        if biases is not None:
+            dtype = scales.dtype
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        weight = mx.dequantize(
+            weight,
+            scales,
+            biases,
+            group_size=linear.group_size,
+            bits=linear.bits,
+            mode=linear.mode,
+        )
+    delta = module.scale * (module.lora_a @ module.lora_b).T
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    merged.weight = (weight.astype(mx.float32) + delta.astype(mx.float32)).astype(dtype)
+    if "bias" in linear:
+        merged.bias = linear.bias
+    return merged

@@ -6,8 +6,10 @@ rows -> samples -> batches -> features (cache, or the frozen encoder outside the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..cache import EmbeddingCache
@@ -29,12 +32,14 @@ from ..data.sources import read_rows
 from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..language.forward import check_head
 from ..language.lora import add_lora
+from ..model import VLM
 from ..vision.encoder import Encoder
 from ..weights.adapter import ADAPTERS, save_adapter
+from ..weights.hub import resolve
 from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
-from .losses import batch_loss, count
+from .losses import batch_loss, count, gradients
 from .optimizer import Optimizer, clip, learning_rate
 from .stages import TrainConfig, fingerprint
 
@@ -55,9 +60,11 @@ class Trainer:
         self.config = config
         self.report = report or (lambda kind, values: None)
         self.out = _check_out(config)
-        self.vlm = load(
+        # A hub id is looked up once, so that a branch that moves cannot change a run on its way.
+        self.model = resolve(
             config.model, report=lambda found: self.report("download", {"what": str(found)})
         )
+        self.vlm = load(self.model)
         self.stored_dtype = _dtype(self.vlm.language)
         self.lora: LoRAConfig | None = None
         mx.random.seed(config.seed)
@@ -74,6 +81,11 @@ class Trainer:
         self.val = self._feed(config.val_data) if config.val_data else None
         micro = config.grad_accumulation_steps
         self.steps = config.iters or math.ceil(config.epochs * self.feed.batches_per_epoch / micro)
+        self.identity = fingerprint(config) | {
+            "steps": self.steps,
+            "model's tensors": _digest_model(self.vlm),
+            "rows": self.feed.digest(),
+        }
         self.optimizer = Optimizer(config, self.trainable())
         self.gradient = nn.value_and_grad(self.vlm, batch_loss)
         self.step = 0
@@ -86,9 +98,7 @@ class Trainer:
             vlm.projector.unfreeze()
             vlm.projector.set_dtype(mx.float32)
         if "lm" in parts:
-            if vlm.config.quantization and any(
-                isinstance(m, nn.QuantizedLinear) for m in vlm.language.modules()
-            ):
+            if any(isinstance(m, nn.QuantizedLinear) for m in vlm.language.modules()):
                 raise ConfigError(
                     "a quantised language model cannot be trained itself; train adapters on it "
                     "with `mlxvlm lora`, or start from an unquantised one."
@@ -144,7 +154,7 @@ class Trainer:
         config = self.config
         self.out.mkdir(parents=True, exist_ok=True)
         if config.resume:
-            self.step, weights = checkpoint.load(self.out, self.optimizer, fingerprint(config))
+            self.step, weights = checkpoint.load(self.out, self.optimizer, self.identity)
             self.vlm.update(tree_unflatten(list(weights.items())))
         metrics = _open_metrics(self.out / METRICS, self.step)
         self.vlm.train()
@@ -159,6 +169,11 @@ class Trainer:
                         [next(reading) for _ in range(config.grad_accumulation_steps)]
                     )
                     bad = 0 if line["loss"] is not None else bad + 1
+                    if bad == MAX_BAD_STEPS and not line["rows"]:
+                        name, reason = next(iter(self.feed.failed.items()))
+                        raise DataError(
+                            f"no picture of {bad} steps in a row could be read; {name}: {reason}"
+                        )
                     if bad == MAX_BAD_STEPS:
                         raise VLMError(
                             f"{bad} steps in a row gave no finite loss (step {self.step}). Lower "
@@ -176,7 +191,9 @@ class Trainer:
                             "step",
                             line | {"steps": self.steps, "left_s": left * (self.steps - self.step)},
                         )
-                    if not last and (interrupted.is_set() or _every(self.step, config.save_every)):
+                    # The last step has one too: a result that cannot be saved is not lost.
+                    due = last and config.save_every or _every(self.step, config.save_every)
+                    if due or (interrupted.is_set() and not last):
                         self._checkpoint()
                     if interrupted.is_set() and not last:
                         raise KeyboardInterrupt
@@ -189,7 +206,7 @@ class Trainer:
             "steps": self.steps,
             "loss": line["loss"] if first < self.steps else None,
             "seconds": round(time.perf_counter() - started, 3),
-            "failed_pictures": self.feed.failed,
+            "failed_pictures": list(self.feed.failed.items()),
         }
         self.report("done", summary)
         return summary
@@ -202,35 +219,43 @@ class Trainer:
         batches = [(batch, found) for batch, found in items if batch is not None]
         totals = count([batch for batch, _ in batches])
         parameters = self.trainable()
-        gradients: dict[str, mx.array] = {}
+        grads: dict[str, mx.array] = {}
         parts: dict[str, mx.array] = {}
         for batch, found in batches:
             views = self.feed.pictures.views(found)
-            (_, here), tree = self.gradient(
-                self.vlm, batch, views, config.targets, totals, config.grad_checkpoint
+            flat, here = gradients(
+                self.gradient,
+                self.vlm,
+                batch,
+                views,
+                config.targets,
+                totals,
+                config.grad_checkpoint,
             )
-            flat = dict(tree_flatten(tree))
-            gradients = {k: gradients[k] + g if gradients else g for k, g in flat.items()}
+            grads = {k: grads[k] + g if grads else g for k, g in flat.items()}
             parts = {k: parts.get(k, mx.array(0.0)) + v for k, v in here.items()}
             if len(batches) > 1:
-                mx.eval(gradients, parts)
+                mx.eval(grads, parts)
         # Tracing leaves its own arrays in the modules; the true ones go back before anything else.
         self.vlm.update(tree_unflatten(list(parameters.items())))
         share = learning_rate(config, self.step, self.steps)
         norm: Any = mx.array(math.nan)
         if batches:
-            gradients, norm = clip(gradients, config.max_grad_norm)
+            grads, norm = clip(grads, config.max_grad_norm)
             mx.eval(norm, parts)
         good = math.isfinite(norm.item())
         if good:
-            updated = self.optimizer.apply(gradients, parameters, share)
+            updated = self.optimizer.apply(grads, parameters, share)
             self.vlm.update(tree_unflatten(list(updated.items())))
+            # Without other references MLX updates in place.
+            parameters, grads = {}, {}
             mx.eval(updated, self.optimizer.state)
         self.step += 1
         seconds = time.perf_counter() - started
         tokens = sum(batch.num_tokens for batch, _ in batches)
-        line: dict[str, Any] = {"step": self.step, "loss": parts["loss"].item() if good else None}
-        line |= {f"{k}_loss": v.item() for k, v in parts.items() if k != "loss"}
+        line: dict[str, Any] = {"step": self.step, "loss": None}
+        # NaN is no JSON: a step without finite gradients has no losses.
+        line |= {k if k == "loss" else f"{k}_loss": v.item() for k, v in parts.items() if good}
         return line | {
             "tokens": tokens,
             "supervised_tokens": int(totals["loss"]),
@@ -253,21 +278,22 @@ class Trainer:
             loss += float(total.item())  # type: ignore[arg-type]
             tokens += batch.supervised_tokens
         self.vlm.train()
+        mx.clear_cache()  # of buffers in shapes that training does not have
         return loss / max(1, tokens)
 
     def _checkpoint(self) -> None:
         config = self.config
         path = checkpoint.save(
-            self.out, self.step, self.trainable(), self.optimizer, fingerprint(config), config.keep
+            self.out, self.step, self.trainable(), self.optimizer, self.identity, config.keep
         )
         self.report("checkpoint", {"step": self.step, "path": str(path)})
 
     def _save(self) -> None:
-        if self.encoder is None:
-            self.vlm.vision = load_encoder(self.config.model).vision
         if self.lora is not None:
             save_adapter(self.vlm, self.lora, self.out, "projector" in self.config.parts)
             return
+        if self.encoder is None:
+            self.vlm.vision = load_encoder(self.model).vision
         if "lm" in self.config.parts:
             self.vlm.language.set_dtype(self.stored_dtype)
         save(self.vlm, self.out)
@@ -290,6 +316,19 @@ def _check_out(config: TrainConfig) -> Path:
     return out
 
 
+def _digest_model(vlm: VLM) -> str:
+    """Tells models apart at little cost: the names, shapes and first values of all tensors."""
+    found = hashlib.sha256()
+    leaves: Any = tree_flatten(vlm.parameters())
+    firsts = [(name, v.shape, v.reshape(-1)[:64].astype(mx.float32)) for name, v in leaves]
+    mx.eval([values for *_, values in firsts])
+    for name, shape, values in sorted(firsts, key=lambda one: one[0]):
+        # The encoder is absent where a cache stands in for it, and adapters start at random.
+        if not name.startswith("vision.") and not name.endswith((".lora_a", ".lora_b")):
+            found.update(f"{name} {shape}".encode() + np.array(values).tobytes())
+    return found.hexdigest()
+
+
 def _dtype(module: nn.Module) -> mx.Dtype:
     leaves: list[Any] = [v for _, v in tree_flatten(module.parameters())]
     return next(v.dtype for v in leaves if mx.issubdtype(v.dtype, mx.floating))
@@ -309,27 +348,31 @@ def _open_metrics(path: Path, step: int) -> Any:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 break
-    handle = path.open("w", encoding="utf-8")
-    handle.writelines(line + "\n" for line in kept)
-    return handle
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
+    return path.open("a", encoding="utf-8")
 
 
 @contextmanager
 def _finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C lets the step end and saves it; a second one interrupts at once."""
+    """The first Ctrl-C or SIGTERM lets the step end and saves it; a second interrupts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = signal.getsignal(signal.SIGINT)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
 
     def handle(signum: int, frame: Any) -> None:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
 
-    signal.signal(signal.SIGINT, handle)
+    for number in signals:
+        signal.signal(number, handle)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in signals:
+            signal.signal(number, before[number])

@@ -10,11 +10,13 @@ the backward pass, so a long answer costs no more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..data.buckets import Batch
 from ..language.forward import head, head_module, hidden_states
@@ -82,7 +84,10 @@ def batch_loss(
     totals: dict[str, float],
     grad_checkpoint: bool = False,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss of one micro-batch of a step, and its parts.
+    """What a micro-batch adds to its step's loss, times `totals["loss"]`, and the loss's parts.
+
+    The sum over tokens is differentiated, not their mean: in a float16 language model the gradients
+    of a mean over thousands of tokens would underflow. `gradients` divides afterwards.
 
     views: [views, tokens, width] features of the batch's pictures. totals: what each part is
     divided by, over the whole step: "loss" supervised tokens, and each target's count.
@@ -92,16 +97,29 @@ def batch_loss(
     hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
     chosen = hidden[mx.array(batch.predict)]
     labels, weights = mx.array(batch.labels), mx.array(batch.weights)
-    parts = {"loss": supervised_loss(vlm.language, chosen, labels, weights) / totals["loss"]}
-    total = parts["loss"]
+    total = supervised_loss(vlm.language, chosen, labels, weights)
+    parts = {"loss": total / totals["loss"]}
     for name, wanted in batch.targets.items():
         if name not in targets:
             continue
         state = seen[targets[name].layer][mx.array(wanted.positions)]
         named = _named(vlm.language, state, mx.array(wanted.words), mx.array(wanted.masses))
         parts[name] = named / totals[name]
-        total = total + targets[name].weight * parts[name]
+        total = total + totals["loss"] * targets[name].weight * parts[name]
     return total, parts
+
+
+def gradients(
+    value_and_grad: Callable[..., Any], vlm: VLM, *arguments: Any
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """Gradients of one micro-batch's part of the step's loss, by name, and the loss's parts.
+
+    value_and_grad: of `batch_loss` for this model; arguments: as `batch_loss` takes them.
+    """
+    (_, parts), tree = value_and_grad(vlm, *arguments)
+    share = 1 / arguments[3]["loss"]
+    flat: Any = tree_flatten(tree)
+    return {name: g * mx.array(share, g.dtype) for name, g in flat}, parts
 
 
 def count(batches: list[Batch]) -> dict[str, float]:

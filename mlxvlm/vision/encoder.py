@@ -21,6 +21,9 @@ from .siglip import SiglipVision
 # float16 is left out: activations of SigLIP's and CLIP's sort overflow it.
 DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16"}
 
+# Patches in one batch: eleven views of SigLIP-So400m at 384 pixels.
+MOST_TOKENS = 8192
+
 
 class Encoder:
     """Tiling, normalisation, tower and parameter-free pooling: what a cache of features stands for.
@@ -77,7 +80,8 @@ class Encoder:
     def encode(self, pictures: list[Picture]) -> list[Features]:
         """Features of pictures, lazy: nothing is computed before they are evaluated.
 
-        All views of one size go through the tower as one batch, in the order given.
+        Views of one size go through the tower together, in the order given, in batches of up to
+        `MOST_TOKENS` patches, so that a hundred pictures need no more memory than a few.
         """
         self._cast()
         views = [np.asarray(view) for picture in pictures for view in picture.views]
@@ -85,9 +89,12 @@ class Encoder:
         for i, view in enumerate(views):
             sizes.setdefault(view.shape, []).append(i)
         tokens: dict[int, mx.array] = {}
-        for places in sizes.values():
-            features = self._run(self.normalise([views[i] for i in places]))
-            tokens.update((i, features[row]) for row, i in enumerate(places))
+        most = max(1, MOST_TOKENS // self.config.num_tokens)
+        for same in sizes.values():
+            for at in range(0, len(same), most):
+                places = same[at : at + most]
+                features = self._run(self.normalise([views[i] for i in places]))
+                tokens.update((i, features[row]) for row, i in enumerate(places))
         out, start = [], 0
         for picture in pictures:
             stop = start + len(picture.views)
