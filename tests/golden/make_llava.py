@@ -8,7 +8,7 @@ dropped unnoticed. The logits are float32's.
 import json
 from pathlib import Path
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 

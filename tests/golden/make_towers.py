@@ -7,7 +7,7 @@ Every parameter is drawn, biases and norms too, so that none can be dropped unno
 
 from pathlib import Path
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipConfig, SiglipModel
 
