@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlxvlm.cli.progress import say
+from mlxvlm.cli.progress import list_skipped, say
 
 app = typer.Typer(help="Look after an embedding cache.", no_args_is_help=True)
 
@@ -39,7 +41,7 @@ def info(
     typer.echo(
         f"{folder}: {totals['pictures']:,} pictures under {totals['names']:,} names, "
         f"{totals['views']:,} views, {totals['bytes'] / 1e9:.2f} GB in {totals['shards']:,} "
-        f"shards, {meta['codec']}"
+        f"shards, {meta['codec']}, {totals['bytes'] / max(1, totals['views']):,.0f} bytes a view"
     )
     for name, value in encoder.items():
         typer.echo(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
@@ -57,20 +59,10 @@ def verify(
     """Read a whole cache; exit with 1 if anything in it is damaged, and name that."""
     from mlxvlm.cache import EmbeddingCache
 
-    shown = False
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        if sys.stderr.isatty():
-            shown = True
-            sys.stderr.write(f"\r{done:,}/{total:,} shards")
-            sys.stderr.flush()
-
     with EmbeddingCache.open(folder) as cache:
-        problems = cache.verify(progress)
+        with _counting("shards") as progress:
+            problems = cache.verify(progress)
         totals = cache.totals()
-    if shown:
-        say("")
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "damaged": problems}))
     else:
@@ -80,3 +72,135 @@ def verify(
             typer.echo(f"{folder}: {totals.pictures:,} pictures, every checksum is right.")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    folder: Folder,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", "--vision", metavar="MODEL", help="Whose encoder made the cache."
+        ),
+    ],
+    images: Annotated[
+        Path, typer.Option("--images", metavar="DIR", help="What names are relative to.")
+    ] = Path("."),
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Encode again what is damaged, from the pictures; exit with 1 if anything stays damaged."""
+    from mlxvlm.cache.about import read_about
+    from mlxvlm.cache.repair import repair_cache
+    from mlxvlm.machine import limits
+    from mlxvlm.weights.load import load_encoder
+
+    made_by = read_about(folder)["encoder"]
+    limits.allow_open_files()
+    limits.limit_serving()
+    encoder = load_encoder(
+        model,
+        pool=made_by.get("pool", "none"),
+        dtype=made_by.get("dtype"),
+        revision=revision,
+        report=lambda download: say(str(download)),
+    )
+    with limits.awake(), _counting("shards") as progress:
+        done = repair_cache(encoder, folder, images, progress)
+    if as_json:
+        left = [{"what": what, "reason": reason} for what, reason in done.left]
+        numbers = {"shards": done.shards, "pictures": done.pictures}
+        typer.echo(json.dumps({"folder": str(folder), **numbers, "left": left}))
+    elif done.shards or done.left:
+        typer.echo(
+            f"{folder}: {done.pictures:,} pictures encoded again in {done.shards:,} damaged shards."
+        )
+        for what, reason in done.left:
+            typer.echo(f"still damaged: {what}: {reason}")
+    else:
+        typer.echo(f"{folder}: nothing is damaged.")
+    if done.left:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A cache, or a new folder.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What is moved there.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Join caches of one encoder by moving their shards; nothing is encoded."""
+    from mlxvlm.cache import EmbeddingCache
+    from mlxvlm.cache.merge import merge_caches
+
+    with _counting("shards") as progress:
+        merged = merge_caches(out, folders, progress)
+    with EmbeddingCache.open(out) as cache:
+        totals = dataclasses.asdict(cache.totals())
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "moved": dataclasses.asdict(merged), **totals}))
+        return
+    typer.echo(
+        f"{out}: {merged.shards:,} shards ({merged.bytes / 1e9:.2f} GB) moved; it holds "
+        f"{totals['pictures']:,} pictures under {totals['names']:,} names now. Empty, and no "
+        f"longer needed: {', '.join(map(str, folders))}"
+    )
+
+
+@app.command()
+def prune(
+    folder: Folder,
+    keep: Annotated[
+        list[Path],
+        typer.Option("--keep", metavar="DATA", help="What still needs its pictures; repeatable."),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="What names in DATA are relative to."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Drop the pictures that DATA does not name. Do not train from the cache meanwhile."""
+    from mlxvlm.cache.inputs import picture_sources
+    from mlxvlm.cache.prune import prune_cache
+    from mlxvlm.errors import DataError
+
+    sources, bad = picture_sources(keep, images, trust_names=True)
+    if bad:
+        where, reason = bad[0]
+        list_skipped(bad)
+        raise DataError(
+            f"{len(bad):,} rows of the data to keep cannot be read ({where}: {reason}), and their "
+            "pictures would be dropped: mend the rows first."
+        )
+    with _counting("shards") as progress:
+        pruned = prune_cache(folder, (name for name, _ in sources), images, progress)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), **dataclasses.asdict(pruned)}))
+        return
+    typer.echo(
+        f"{folder}: {pruned.dropped:,} pictures dropped and {pruned.kept:,} kept; "
+        f"{pruned.bytes:,} bytes are free again ({pruned.rewritten:,} shards written anew, "
+        f"{pruned.removed:,} removed)."
+    )
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress on one line of a terminal, and none elsewhere."""
+    shown = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty():
+            shown = True
+            sys.stderr.write(f"\r{done:,}/{total:,} {what}")
+            sys.stderr.flush()
+
+    try:
+        yield progress
+    finally:
+        if shown:
+            say("")

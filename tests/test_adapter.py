@@ -13,7 +13,7 @@ from mlxvlm.language.lora import add_lora
 from mlxvlm.weights import adapter as module
 from mlxvlm.weights.adapter import load_adapter, save_adapter
 from mlxvlm.weights.load import load
-from mlxvlm.weights.save import save, sync
+from mlxvlm.weights.save import save
 
 
 def adapted(seed: int = 1):
@@ -42,27 +42,10 @@ def test_a_save_that_fails_leaves_the_earlier_adapters(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     changed, config = adapted(seed=2)
-    monkeypatch.setattr(module, "sync", full)
+    monkeypatch.setattr(module, "sync_path", full)
     with pytest.raises(OSError, match="No space"):
         save_adapter(changed, config, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("refused", [False, True])
-def test_a_mac_syncs_past_the_drive_where_it_can(tmp_path, monkeypatch, refused):
-    calls = []
-
-    def full_sync(handle: int, what: int) -> None:
-        calls.append(what)
-        if refused:
-            raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr("fcntl.F_FULLFSYNC", 51, raising=False)
-    monkeypatch.setattr("fcntl.fcntl", full_sync)
-    monkeypatch.setattr("os.fsync", lambda handle: calls.append("fsync"))
-    sync(tmp_path)
-    assert calls == ([51, "fsync"] if refused else [51])
 
 
 def test_fuse_does_not_overwrite_its_model_or_another_kind(tmp_path):

@@ -82,7 +82,7 @@ SLOW = {"mlx_lm", "transformers", "tokenizers", "huggingface_hub", "torch"}
 QUICK = {
     "mlxvlm --help": SLOW | {"mlx", "numpy", "PIL"},
     "mlxvlm --version": SLOW | {"mlx", "numpy", "PIL"},
-    "mlxvlm cache info {}": SLOW,
+    "mlxvlm cache info {}": SLOW | {"numpy"},
 }
 
 

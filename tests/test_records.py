@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mlxvlm.data.json_list import read_list
 from mlxvlm.data.records import Record, parse_record
 from mlxvlm.data.sources import find_rows, list_pictures, read_records, read_rows
 from mlxvlm.errors import DataError
@@ -186,6 +187,49 @@ def test_a_list(tmp_path):
     assert isinstance(rows[1][1], DataError)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
+def test_a_list_is_read_in_pieces(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("mlxvlm.data.json_list.CHUNK", chunk)
+    rows = [
+        {"a": "é\U0001f600\\n]},"},
+        12,
+        1.5e10,
+        "x,]",
+        None,
+        [],
+        [{"b": [{}]}],
+        {"c": "d" * 200},
+    ]
+    for text in (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False)):
+        for space in ("", " \n\t\r "):
+            path = tmp_path / "d.json"
+            path.write_bytes(("\ufeff" + space + text + space).encode())
+            assert list(read_list(path)) == rows
+    for text in ("[]", " [ ] "):
+        path.write_text(text)
+        assert list(read_list(path)) == []
+    for text in (
+        "[1",
+        "[1,",
+        "[1,]",
+        "[1 2]",
+        "[1] 2",
+        "[1]]",
+        "[",
+        '[{"a": 1}, {"a":',
+        "[,]",
+        "[é]",
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError):
+            list(read_list(path))
+        with pytest.raises(DataError, match="is not JSON: "):
+            list(read_records(path))
+    path.write_bytes(b'["\xff"]')
+    with pytest.raises(DataError, match="is not JSON: "):
+        list(read_records(path))
+
+
 @pytest.mark.parametrize(
     "content, error",
     [("{}", "JSON list"), ('{"a": 1}\n{"a": 2}', "jsonl"), ("", "not JSON"), ("[" * 99999, "JSON")],
@@ -220,7 +264,7 @@ def test_paths_that_are_none(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_records(tmp_path / "no.jsonl")
     (tmp_path / "x.csv").write_text("")
-    with pytest.raises(DataError, match="json or .jsonl"):
+    with pytest.raises(DataError, match="json, .jsonl"):
         read_records(tmp_path / "x.csv")
     with pytest.raises(DataError, match="not a folder"):
         list_pictures(tmp_path / "x.csv")

@@ -1,10 +1,12 @@
 """Whole runs at toy size: cached = uncached, resumed = uninterrupted, what each stage leaves."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
+from mlxvlm.cache.inputs import picture_sources
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.errors import CacheError, ConfigError, DataError, PictureError, UsageError
 from mlxvlm.language.lora import fuse
@@ -58,6 +61,26 @@ def train(place: Path, stage: str, out: Path, **flags) -> Trainer:
     trainer = Trainer(stage_config(stage, _flags(place, out) | flags))
     trainer.run()
     return trainer
+
+
+def test_rows_in_tars_train_as_rows_beside_files_do(place, tmp_path):
+    """With pictures read out of the tar, and from a cache once the tar is only its name."""
+    (tmp_path / "shards").mkdir()
+    rows = (place / "data" / "train.jsonl").read_text().splitlines()
+    with tarfile.open(tmp_path / "shards" / "part-000.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            tar.add(place / "data" / "images" / f"{number % 4}.png", f"{number:03}.png")
+            info = tarfile.TarInfo(f"{number:03}.json")
+            info.size = len(row.encode())
+            tar.addfile(info, io.BytesIO(row.encode()))
+    flags = {"iters": 6, "data": str(tmp_path / "shards")}
+    train(place, "pretrain", tmp_path / "files", iters=6)
+    train(place, "pretrain", tmp_path / "tar", **flags, images="")
+    sources, _ = picture_sources(tmp_path / "shards")
+    write_cache(load(place / "model").encoder, sources, tmp_path / "cache")
+    train(place, "pretrain", tmp_path / "cached", cache=str(tmp_path / "cache"), **flags)
+    assert losses(tmp_path / "tar") == losses(tmp_path / "files")
+    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "tar"), rtol=1e-5)
 
 
 def losses(out: Path) -> list[float]:

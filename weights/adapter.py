@@ -17,10 +17,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxvlm.config import LoRAConfig, read_dataclass, read_json
+from mlxvlm.durable import sync_path
 from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.language.lora import adapter_parameters, add_lora
 from mlxvlm.weights.check import check
-from mlxvlm.weights.save import room_beside, sync
+from mlxvlm.weights.save import room_beside
 
 if TYPE_CHECKING:
     from mlxvlm.model import VLM
@@ -49,12 +50,12 @@ def save_adapter(vlm: VLM, config: LoRAConfig, folder: str | Path, projector: bo
             mx.save_safetensors(str(beside / PROJECTOR), weights)
         names = [file.name for file in beside.iterdir()]
         for name in names:
-            sync(beside / name)
+            sync_path(beside / name)
         if not projector:  # an earlier run's would be loaded with these
             (folder / PROJECTOR).unlink(missing_ok=True)
         for name in names:
             os.replace(beside / name, folder / name)
-    sync(folder)
+    sync_path(folder)
 
 
 def load_adapter(vlm: VLM, folder: str | Path) -> LoRAConfig:

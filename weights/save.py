@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxvlm.durable import sync_path
 from mlxvlm.errors import WeightsError
 from mlxvlm.weights.folder import INDEX, SINGLE
 from mlxvlm.weights.hub import size
@@ -58,14 +58,14 @@ def save(vlm: VLM, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         config.save(beside / "config.json")
         names = sorted(file.name for file in beside.iterdir())
         for name in names:
-            sync(beside / name)
+            sync_path(beside / name)
         # config.json goes last: where it is new, all that it speaks of is there.
         names.remove("config.json")
         for name in names:
             os.replace(beside / name, folder / name)
         _remove_stale(folder, set(names))
         os.replace(beside / "config.json", folder / "config.json")
-    sync(folder)
+    sync_path(folder)
 
 
 def quantization_of(module: nn.Module) -> dict[str, Any] | None:
@@ -141,23 +141,3 @@ def room_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
         yield Path(beside)
-
-
-def sync(path: Path) -> None:
-    """Makes a file or folder last, past the drive's own memory where that is possible."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if sys.platform == "darwin":
-            import fcntl
-
-            try:
-                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # fsync alone stops at the drive
-                return
-            except OSError:
-                pass  # not every file system has it; fsync is the next best
-        os.fsync(handle)
-    except OSError:
-        if not path.is_dir():  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)

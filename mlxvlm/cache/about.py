@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_whole
 from ..errors import CacheError
-from .durable import write_whole
 from .format import SHARDS, canonical, list_shards, read_header
 
 FORMAT_VERSION = 1

@@ -9,6 +9,8 @@ It is a valid safetensors file whose header starts with its own digest:
 
 `digest` is the sha256 of those N + 8 bytes with its own 64 letters as zeros, so that no bit of the
 header can change unseen; each record has its crc32 in `rows`, so that no bit of the data can.
+`codec` names the codec; for int8 and int4 it holds each channel's mean and scale, so that a shard
+can be decoded alone; their records are several tensors, `<view>.scale` and such beside `<view>`.
 `about` repeats cache.json: a shard knows what it is, and a lost cache.json can be rebuilt.
 `sources` names every picture of the shard's stretch of the input, those stored in an earlier shard
 under the same content too: with them names resolve without the pictures and without the index.
@@ -22,14 +24,18 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
-from .codecs import Codec
+
+if TYPE_CHECKING:
+    from .codecs import Codec
 
 SHARDS = "shards"
 PLAN = "default"  # the tiling plan of a picture whose row does not limit its tiles
+_LIMIT = "max-tiles-"
 SHARD_NAME = re.compile(r"shard-(\d{6,})\.safetensors")
 _START = b'{"__metadata__":{"digest":"'
 _MAX_HEADER = 1 << 30
@@ -69,13 +75,22 @@ class Source:
 
 @dataclass
 class Header:
-    """What a shard says of itself. `start`: where the data begins; `length`: the file's."""
+    """What a shard says of itself. start: where the data begins; length: the file's; described: its
+    codec, as text."""
 
     about: dict[str, Any]
     rows: list[Row]
     sources: list[Source]
     start: int = 0
     length: int = 0
+    described: str = ""
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The codec that the shard describes; its code is loaded when a record is wanted."""
+        from .codecs import described_codec
+
+        return described_codec(self.described)
 
 
 def build_header(header: Header, codec: Codec, reserved: int = 0) -> bytes:
@@ -83,23 +98,28 @@ def build_header(header: Header, codec: Codec, reserved: int = 0) -> bytes:
 
     The result depends on the arguments alone: no time, no machine, no dict order.
     """
+    from .codecs import describe_codec
+
     rows, tensors = [], {}
     for row in header.rows:
         views = [[v.offset, v.size, v.crc32, list(v.shape)] for v in row.views]
         size = list(row.size) if row.size else None
         rows.append([row.sha256, row.plan, list(row.grid), size, views])
         for i, v in enumerate(row.views):
-            tensors[f"{row.sha256}/{row.plan}/{i}"] = {
-                "dtype": codec.dtype,
-                "shape": list(v.shape),
-                "data_offsets": [v.offset, v.offset + v.size],
-            }
+            at = v.offset
+            for suffix, dtype, shape, length in codec.parts(v.shape):
+                tensors[f"{row.sha256}/{row.plan}/{i}{suffix}"] = {
+                    "dtype": dtype,
+                    "shape": list(shape),
+                    "data_offsets": [at, at + length],
+                }
+                at += length
     good = [[s.name, s.size, s.mtime_ns, s.sha256] for s in header.sources if s.sha256]
     bad = [[s.name, s.size, s.mtime_ns, s.reason] for s in header.sources if not s.sha256]
     metadata = {
         "digest": "0" * 64,
         "about": canonical(header.about),
-        "codec": canonical({"name": codec.name}),
+        "codec": canonical(describe_codec(codec)),
         "rows": canonical(rows),
         "sources": canonical(good),
         "failures": canonical(bad),
@@ -135,6 +155,23 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, f"it is {length} bytes long instead of {end}")
     header.length = length
     return header
+
+
+def digest_of(path: Path) -> bytes:
+    """The digest that a shard's header claims."""
+    with open(path, "rb") as file:
+        file.seek(8 + len(_START))
+        return file.read(64)
+
+
+def plan_of(max_tiles: int | None) -> str:
+    """The tiling plan of a picture that its row of data limits to `max_tiles` tiles."""
+    return PLAN if max_tiles is None else f"{_LIMIT}{max_tiles}"
+
+
+def limit_of(plan: str) -> int | None:
+    """`plan_of`, the other way."""
+    return None if plan == PLAN else int(plan.removeprefix(_LIMIT))
 
 
 def list_shards(folder: Path) -> dict[int, str]:
@@ -176,7 +213,8 @@ def _parse(raw: bytes) -> Header:
         rows.append(Row(sha256, plan, (grid[0], grid[1]), tuple(size) if size else None, found))
     sources = [Source(n, s, t, sha) for n, s, t, sha in json.loads(metadata["sources"])]
     sources += [Source(n, s, t, None, why) for n, s, t, why in json.loads(metadata["failures"])]
-    return Header(json.loads(metadata["about"]), rows, sources, start)
+    about = json.loads(metadata["about"])
+    return Header(about, rows, sources, start, described=metadata["codec"])
 
 
 def _with_digest(raw: bytes, digest: str) -> bytes:

@@ -1,40 +1,105 @@
-"""What there is to cache: the pictures that a folder or a file of rows names."""
+"""What there is to cache: the pictures that folders, rows and archives name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.sources import find_rows, list_pictures, read_rows
+from ..data.archives import read_entries
+from ..data.origins import Origin, locate
+from ..data.records import parse_record
+from ..data.sources import (
+    MAIN_ROWS,
+    archives_of,
+    find_rows,
+    list_pictures,
+    read_rows,
+)
 from ..errors import DataError
+
+Sources = list[tuple[str, Origin]]
+BadRows = list[tuple[str, str]]
 
 
 def picture_sources(
-    data: str | Path, images: str | Path | None = None
-) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
-    """((name, path) of each picture, in order of first appearance; (where, reason) of bad rows).
+    data: str | Path | list[Path],
+    images: str | Path | None = None,
+    trust_names: bool = False,
+) -> tuple[Sources, BadRows]:
+    """((name, origin) of each picture, in order of first appearance; (where, reason) of bad rows).
 
-    data: a folder of pictures, or rows as training reads them (.json, .jsonl, or a folder with
-        train.jsonl or train.json). Rows without pictures are passed over.
+    data: a folder of pictures; rows as training reads them (.json, .jsonl, or a folder with
+        train.jsonl or train.json); WebDataset tars or parquet, one, or a folder of them. Several
+        such are taken one after the other. Rows without pictures are passed over.
     images: what the rows' names are relative to; the data's own folder by default. Names stay as
         the data have them, so that training looks them up as they are.
+    trust_names: the pictures themselves need not be there.
     """
-    data = Path(data)
-    if data.is_dir() and not any((data / n).is_file() for n in ("train.jsonl", "train.json")):
+    found: dict[str, Origin] = {}
+    bad: BadRows = []
+    archives: dict[str, Path] = {}
+    for one in data if isinstance(data, list) else [data]:
+        for name, origin in _sources(Path(one), images, trust_names, bad, archives):
+            found.setdefault(name, origin)
+    if not found:
+        reason = f" ({len(bad):,} rows are bad; {bad[0][0]}: {bad[0][1]})" if bad else ""
+        raise DataError(f"{data} names no pictures{reason}: there is nothing to cache.")
+    return list(found.items()), bad
+
+
+def _sources(
+    data: Path,
+    images: str | Path | None,
+    trust_names: bool,
+    bad: BadRows,
+    archives: dict[str, Path],
+) -> Iterator[tuple[str, Origin]]:
+    if data.is_dir() and not any((data / name).is_file() for name in MAIN_ROWS):
         pictures = list_pictures(data)
         if pictures:
-            return [(path.relative_to(data).as_posix(), path) for path in pictures], []
+            yield from ((path.relative_to(data).as_posix(), str(path)) for path in pictures)
+            return
+    top, inside = archives_of(data)
+    for archive in inside:
+        prefix = archive.relative_to(top).as_posix()
+        if archives.setdefault(prefix, archive) != archive:
+            raise DataError(
+                f"{archives[prefix]} and {archive} have one name, and their pictures would too: "
+                "name a folder that holds both."
+            )
+        yield from _in_archive(archive, prefix, bad)
+    if inside:
+        return
     rows = find_rows(data)
     root = Path(images) if images else rows.parent
-    if not root.is_dir():
-        raise DataError(f"--images must name a folder, and {root} is none.")
-    found: dict[str, Path] = {}
-    bad: list[tuple[str, str]] = []
+    if not root.is_dir() and not trust_names:
+        raise DataError(
+            f"--images must name a folder, and {root} is none. Where the pictures are gone but "
+            "cached, add --trust-names."
+        )
     for where, record in read_rows(rows):
         if isinstance(record, DataError):
             bad.append((where, str(record).removeprefix(f"{where}: ")))
             continue
         for name in record.images:
-            found.setdefault(name, root / name)
-    if not found:
-        raise DataError(f"{rows} names no pictures: there is nothing to cache.")
-    return list(found.items()), bad
+            origin = locate(root, name)
+            yield name, str(origin) if isinstance(origin, Path) else origin
+
+
+def _in_archive(archive: Path, prefix: str, bad: BadRows) -> Iterator[tuple[str, Origin]]:
+    """Pictures by their place in the archive, and by the names that their rows give them."""
+    for entry in read_entries(archive):
+        row = entry.row
+        names = [f"{prefix}/{name}" for name, _ in entry.pictures]
+        if isinstance(row, dict):
+            try:
+                parse_record(row | {"images": names}, entry.where)
+            except DataError as error:
+                row = error
+        if isinstance(row, DataError):  # its pictures are good all the same
+            bad.append((entry.where, str(row).removeprefix(f"{entry.where}: ")))
+        for name, (_, origin) in zip(names, entry.pictures, strict=True):
+            yield name, origin
+        if len(entry.also) == len(names):
+            for name, (_, origin) in zip(entry.also, entry.pictures, strict=True):
+                yield name, origin

@@ -1,17 +1,15 @@
-"""Pictures from files, ahead of the encoder: threads that read, hash and tile, with NumPy only."""
+"""Pictures, ahead of the encoder: threads that read, hash and tile, with NumPy only."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..data.origins import Origin, read_bytes
 from ..errors import PictureError
 from ..images.picture import Picture
 from .format import Source
@@ -26,21 +24,30 @@ class Loaded:
 
 
 class Loader:
-    """Loads files in order, at most `depth` of them ahead of who asks.
+    """Loads pictures in order, at most `depth` of them ahead of who asks.
 
     known: whether a content needs no picture, because it is stored or about to be.
+    max_tiles: the most tiles a picture may have; None is the tiling's own limit.
     """
 
-    def __init__(self, encoder: Any, known: Callable[[str], bool], workers: int, depth: int):
+    def __init__(
+        self,
+        encoder: Any,
+        known: Callable[[str], bool],
+        workers: int,
+        depth: int,
+        max_tiles: int | None = None,
+    ):
         self.encoder = encoder
         self.known = known
         self.depth = depth
+        self.options = {} if max_tiles is None else {"max_tiles": max_tiles}
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="mlxvlm-look")
 
-    def load(self, jobs: Iterable[tuple[str, Path]]) -> Iterator[Loaded]:
+    def load(self, jobs: Iterable[tuple[str, Origin]]) -> Iterator[Loaded]:
         waiting: deque[Future[Loaded]] = deque()
-        for name, path in jobs:
-            waiting.append(self._pool.submit(self._look, name, path))
+        for name, origin in jobs:
+            waiting.append(self._pool.submit(self._look, name, origin))
             if len(waiting) > self.depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -49,17 +56,12 @@ class Loader:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _look(self, name: str, path: Path) -> Loaded:
+    def _look(self, name: str, origin: Origin) -> Loaded:
         source = Source(name, None, None)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise PictureError("it is not a file")  # and a pipe would wait for ever
-            with open(path, "rb") as file:
-                state = os.fstat(file.fileno())
-                data = file.read()
-            source.size, source.mtime_ns = state.st_size, state.st_mtime_ns
+            data, (source.size, source.mtime_ns) = read_bytes(origin)
             sha256 = hashlib.sha256(data).hexdigest()
-            picture = None if self.known(sha256) else self.encoder.look([data])[0]
+            picture = None if self.known(sha256) else self.encoder.look([data], **self.options)[0]
         except OSError as error:
             source.reason = error.strerror or str(error)
             return Loaded(source, None)

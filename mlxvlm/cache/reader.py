@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import CacheError
-from ..images.picture import Features
 from .about import differences, plain, read_about
-from .codecs import codec_named
 from .format import PLAN, Row, Source, source_name
 from .index import Index, IndexDamaged, Totals
 from .records import OpenShards
 from .verify import verify_shards
+
+if TYPE_CHECKING:
+    from ..images.picture import Features
+    from .codecs import Codec
+    from .packed import PackedFeatures
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -35,7 +39,6 @@ class EmbeddingCache:
         self.folder = Path(folder)
         self.images = Path(images) if images is not None else None
         self.meta: dict[str, Any] = read_about(self.folder)
-        self.codec = codec_named(self.meta.get("codec"))
         self._index: Index | None = Index.open(self.folder, self.meta)
         self._checked = False  # whether the index has been read whole
         self._lock = threading.Lock()
@@ -63,6 +66,12 @@ class EmbeddingCache:
         # A spawned worker opens the cache for itself.
         return EmbeddingCache, (self.folder, self.images)
 
+    @cached_property
+    def codec(self) -> Codec:
+        from .codecs import codec_named
+
+        return codec_named(self.meta.get("codec"))
+
     # Lookups
 
     def __len__(self) -> int:
@@ -75,17 +84,30 @@ class EmbeddingCache:
         return isinstance(key, str | Path) and self._find(str(key)) is not None
 
     def __getitem__(self, key: str | Path) -> Features:
-        label = str(key)
-        shard, row = self._found(label)
-        views = [
-            self.codec.decode(self._shards.read(shard, view, label), view.shape)
-            for view in row.views
-        ]
-        return Features(views, row.grid, row.size, row.sha256)
+        return self.get(key)
 
-    def num_views(self, key: str | Path) -> int:
-        """How many views a picture has, without reading them."""
-        return len(self._found(str(key))[1].views)
+    def get(self, key: str | Path, plan: str = PLAN) -> Features:
+        """A picture's features under a tiling plan (`format.plan_of`)."""
+        from ..images.picture import Features
+
+        packed = self.packed(key, plan)
+        return Features(packed.decode(), packed.grid, packed.size, packed.sha256)
+
+    def packed(self, key: str | Path, plan: str = PLAN) -> PackedFeatures:
+        """A picture's records, checked but not decoded: for `unpack` to decode on the device."""
+        from .packed import PackedFeatures
+
+        label = str(key)
+        number, row = self._found(label, plan)
+        shard = self._shards.open(number)
+        records = [shard.read(view, label) for view in row.views]
+        codec = self._shards.codec(shard) if self.codec.whitened else self.codec
+        shapes = [view.shape for view in row.views]
+        return PackedFeatures(codec, records, shapes, row.grid, row.size, row.sha256)
+
+    def num_views(self, key: str | Path, plan: str = PLAN) -> int:
+        """How many views a picture has under a tiling plan, without reading them."""
+        return len(self._found(str(key), plan)[1].views)
 
     def names(self) -> Iterator[str]:
         """Every name of the input, those of failures included."""
@@ -126,28 +148,28 @@ class EmbeddingCache:
 
     # Inside
 
-    def _found(self, key: str) -> tuple[int, Row]:
-        found = self._find(key)
+    def _found(self, key: str, plan: str) -> tuple[int, Row]:
+        found = self._find(key, plan)
         if found is None:
-            raise CacheError(self._missing(key))
+            raise CacheError(self._missing(key, plan))
         return found
 
-    def _find(self, key: str) -> tuple[int, Row] | None:
-        found = self._sure(lambda index: self._search(index, key))
+    def _find(self, key: str, plan: str = PLAN) -> tuple[int, Row] | None:
+        found = self._sure(lambda index: self._search(index, key, plan))
         if found is None and not self._checked:
             # A damaged key hides its row: a miss is believed once the index was read whole.
             self._sure(lambda index: index.check())
             self._checked = True
-            found = self._sure(lambda index: self._search(index, key))
+            found = self._sure(lambda index: self._search(index, key, plan))
         return found
 
-    def _search(self, index: Index, key: str) -> tuple[int, Row] | None:
+    def _search(self, index: Index, key: str, plan: str) -> tuple[int, Row] | None:
         if _SHA256.fullmatch(key):
-            found = index.picture(key, PLAN)
+            found = index.picture(key, plan)
             if found:
                 return found
         source = self._source(index, key)
-        return index.picture(source.sha256, PLAN) if source and source.sha256 else None
+        return index.picture(source.sha256, plan) if source and source.sha256 else None
 
     def _source(self, index: Index, key: str) -> Source | None:
         source = index.name(source_name(key))
@@ -155,13 +177,15 @@ class EmbeddingCache:
             source = index.name(source_name(key, self.images))
         return source
 
-    def _missing(self, key: str) -> str:
+    def _missing(self, key: str, plan: str) -> str:
         source = self._sure(lambda index: self._source(index, key))
         damaged = self.damaged_shards()
         if source and source.sha256 is None:
             return f"{key} could not be cached in {self.folder}: {source.reason}."
         if damaged:
             return f"{key} is not to be found in {self.folder}, and {damaged[0]}"
+        if plan != PLAN and self._find(key):
+            return f"{key} is in the cache {self.folder}, but not under the tiling plan {plan!r}."
         return (
             f"{key} is not in the cache {self.folder}: run `mlxvlm cache-embeddings` with data "
             "that name it (names are relative to --images), or leave its rows out."

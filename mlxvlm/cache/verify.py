@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import CacheError
 from .about import CACHE_JSON, differences
-from .format import SHARDS, Header, list_shards, read_header
+from .format import SHARDS, Header, Row, list_shards, read_header
 from .records import OpenShard
 
 
@@ -30,7 +30,7 @@ def verify_shards(
                 problems.append(
                     f"shard {path} differs from {CACHE_JSON} in {'; '.join(different)}."
                 )
-            problems += _damaged_records(path, header)
+            problems += [problem for _, problem in damaged_rows(path, header)]
         except CacheError as error:
             problems.append(str(error))
         if progress:
@@ -38,12 +38,9 @@ def verify_shards(
     return problems
 
 
-def _damaged_records(path: Path, header: Header) -> list[str]:
-    names: dict[str, list[str]] = {}
-    for source in header.sources:
-        if source.sha256:
-            names.setdefault(source.sha256, []).append(source.name)
-    problems = []
+def damaged_rows(path: Path, header: Header) -> Iterator[tuple[Row, str]]:
+    """(row, what is wrong with it) of each picture whose records do not match their checksums."""
+    names = names_of(header)
     shard = OpenShard(path)
     for row in header.rows:
         label = ", ".join(names.get(row.sha256, [row.sha256]))
@@ -51,6 +48,14 @@ def _damaged_records(path: Path, header: Header) -> list[str]:
             try:
                 shard.read(view, label)
             except CacheError as error:
-                problems.append(str(error))
+                yield row, str(error)
                 break  # one line a picture
-    return problems
+
+
+def names_of(header: Header) -> dict[str, list[str]]:
+    """sha256 -> the names that a shard has for it."""
+    names: dict[str, list[str]] = {}
+    for source in header.sources:
+        if source.sha256:
+            names.setdefault(source.sha256, []).append(source.name)
+    return names

@@ -6,12 +6,15 @@ stopped anywhere, by kill -9 too: finished shards stay, the unfinished one is do
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.origins import Cell, Member, Origin
+from ..durable import PARTIAL, is_full
 from ..errors import CacheError
 from .about import (
     CACHE_JSON,
@@ -23,11 +26,12 @@ from .about import (
     write_about,
 )
 from .codecs import codec_named
-from .durable import PARTIAL, is_full
 from .format import SHARDS, list_shards, source_name
 from .index import INDEX
 from .lock import LOCK, WriterLock
-from .run import Reporter, Run, Summary
+from .parts import contents
+from .run import Job, Reporter, Run, Summary
+from .whitening import Whitening
 
 BATCH_SIZE = 8
 SHARD_PICTURES = 256  # 430 MB of SigLIP-So400m in bf16: under a minute of a laptop's work
@@ -35,7 +39,7 @@ SHARD_PICTURES = 256  # 430 MB of SigLIP-So400m in bf16: under a minute of a lap
 
 def write_cache(
     encoder: Any,
-    sources: Iterable[tuple[str, str | Path]],
+    sources: Iterable[tuple[str, Origin]],
     out: str | Path,
     codec: str = "float32",
     *,
@@ -43,28 +47,50 @@ def write_cache(
     shard_pictures: int | None = None,
     workers: int = 2,
     strict: bool = False,
+    trust_names: bool = False,
     progress: Reporter | None = None,
+    max_tiles: int | None = None,
+    earlier: Sequence[Job] = (),
+    whitening: Whitening | None = None,
 ) -> Summary:
-    """Caches the features of `sources`, (name, path) in order, in the folder `out`; resumes.
+    """Caches the features of `sources`, (name, origin) in order, in the folder `out`; resumes.
 
     encoder: has look, encode and identity, as `vision.Encoder`.
-    codec: "float32", "bf16" or "fp16".
+    codec: "float32", "bf16", "fp16", "int8" or "int4".
     batch_size, shard_pictures: kept in the cache; a later run may only repeat them.
     strict: CacheError at the end if any picture failed; the others are cached all the same.
+    trust_names: what the cache knows by its name is taken as it is, even if the picture changed.
     progress: called after each batch with the summary so far.
+    max_tiles: the tiling plan: for rows of data that allow a picture only so many tiles.
+    earlier: what comes before `sources` in an input of several parts; see `parts`.
+    whitening: for int8 and int4 in a new cache, instead of calibrating on its first shard, or on
+        the first of `earlier`.
     """
     folder = Path(out)
-    jobs = _distinct(sources)
-    _check_folder(folder)
+    jobs = distinct(sources)
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary(len(jobs))
     with WriterLock(folder):
         try:
-            about = _settle_about(folder, encoder, codec, batch_size, shard_pictures)
+            about = settle_about(folder, encoder, codec, batch_size, shard_pictures)
             (folder / SHARDS).mkdir(exist_ok=True)
-            for left in [*folder.glob(f"*{PARTIAL}"), *(folder / SHARDS).glob(f"*{PARTIAL}")]:
-                left.unlink()
-            with Run(encoder, folder, about, summary, workers, progress) as run:
+            sweep(folder)
+            elsewhere = contents(earlier, workers)
+            if earlier and not whitening and codec_named(codec).whitened:
+                whitening = _calibration(encoder, folder, about, earlier, workers)
+            with Run(
+                encoder,
+                folder,
+                about,
+                summary,
+                workers,
+                progress,
+                trust_names,
+                max_tiles,
+                elsewhere,
+                whitening=whitening,
+            ) as run:
                 run.run(jobs)
         except (OSError, sqlite3.OperationalError) as error:
             if not is_full(error):
@@ -84,16 +110,37 @@ def write_cache(
     return summary
 
 
-def _distinct(sources: Iterable[tuple[str, str | Path]]) -> list[tuple[str, Path]]:
-    jobs: dict[str, Path] = {}
-    for given, path in sources:
+def _calibration(
+    encoder: Any, folder: Path, about: dict[str, Any], earlier: Sequence[Job], workers: int
+) -> Whitening | None:
+    """What the first part calibrates itself on, so that all parts decode alike."""
+    from .calibrate import calibrate
+
+    if list_shards(folder):
+        return None  # they have it
+    return calibrate(encoder, earlier, about["batch_size"], about["shard_pictures"], workers)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed writer left. Needs the writer's lock."""
+    for left in [*folder.glob(f"*{PARTIAL}"), *(folder / SHARDS).glob(f"*{PARTIAL}")]:
+        left.unlink()
+
+
+def distinct(sources: Iterable[tuple[str, Origin]]) -> list[Job]:
+    """One job a name, in order of first appearance."""
+    jobs: dict[str, Origin] = {}
+    for given, origin in sources:
         name = source_name(given)
-        if jobs.setdefault(name, Path(path)) != Path(path):
-            raise CacheError(f"the name {name!r} stands for both {jobs[name]} and {path}.")
+        # Text, since a Path takes several times its room, and more once it has been used.
+        origin = origin if isinstance(origin, Member | Cell) else os.fspath(origin)
+        if jobs.setdefault(name, origin) != origin:
+            raise CacheError(f"the name {name!r} stands for both {jobs[name]} and {origin}.")
     return list(jobs.items())
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """CacheError where there is something else than a cache."""
     ours = {CACHE_JSON, SHARDS, LOCK}
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder} is a file: --out must name a folder.")
@@ -111,14 +158,18 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _settle_about(
+def settle_about(
     folder: Path,
     encoder: Any,
     codec: str,
     batch_size: int | None,
     shard_pictures: int | None,
+    write: bool = True,
 ) -> dict[str, Any]:
-    """What the cache is: as its folder says, if that is what is asked for; new otherwise."""
+    """What the cache is: as its folder says, if that is what is asked for; new otherwise.
+
+    write: puts down what its folder lacks of it.
+    """
     for name, value in (("batch_size", batch_size), ("shard_pictures", shard_pictures)):
         if value is not None and value < 1:
             raise CacheError(f"{name} (={value}) must be at least 1.")
@@ -133,7 +184,8 @@ def _settle_about(
             "batch_size": batch_size or BATCH_SIZE,
             "shard_pictures": shard_pictures or SHARD_PICTURES,
         }
-        write_about(folder, about)
+        if write:
+            write_about(folder, about)
         return about
     about = read_about(folder)
     asked["batch_size"] = batch_size or about.get("batch_size")
@@ -144,7 +196,7 @@ def _settle_about(
             f"{folder} holds a cache made in another way; they differ in {'; '.join(different)}. "
             "Repeat what made it, or name another folder."
         )
-    if not is_cache_json(folder):
+    if write and not is_cache_json(folder):
         write_about(folder, about)
     return about
 

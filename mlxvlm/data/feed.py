@@ -6,7 +6,7 @@ The thread handles files and NumPy only; whatever MLX does is done by the traini
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CacheError, DataError, VLMError
+from ..cache.format import plan_of
+from ..cache.packed import PackedFeatures, unpack
+from ..errors import DataError, PictureError, VLMError
 from ..images.picture import Features, Picture
 from .buckets import Batch, Group, collate, epoch, group
+from .origins import locate, read_bytes
 from .samples import Sample
 
 if TYPE_CHECKING:
@@ -28,39 +31,63 @@ if TYPE_CHECKING:
 class Pictures:
     """Names of pictures to what the model takes: features from a cache, or pictures to encode.
 
-    One of `encoder` and `cache` is needed: with a cache, no encoder is held.
+    One of `encoder` and `cache` is needed: with a cache, no encoder is held. `limit` says how many
+    tiles each of so many pictures of one row may have, as `images.tiling.tiles_each` does.
+    Where MLX computes on a GPU, features come to it as their bytes on disk; a CPU does better to
+    decode them in the thread that reads ahead.
     """
 
-    def __init__(self, encoder: Encoder | None, root: Path, cache: EmbeddingCache | None = None):
-        self.encoder, self.root, self.cache = encoder, root, cache
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        root: Path,
+        cache: EmbeddingCache | None = None,
+        limit: Callable[[int], int | None] = lambda among: None,
+    ):
+        self.encoder, self.root, self.cache, self.limit = encoder, root, cache, limit
+        self.packed = mx.default_device() == mx.gpu
 
-    def count_views(self, name: str) -> int:
-        """Views of a picture, without reading its pixels where that is not needed."""
+    def count_views(self, name: str, among: int = 1) -> int:
+        """Views of one of `among` pictures of a row, without reading pixels unless it must."""
         if self.cache is not None:
-            if name not in self.cache:
-                raise CacheError(
-                    f"picture {name!r} is not in the cache; add it with mlxvlm cache-embeddings."
-                )
-            return self.cache.num_views(name)
-        path = self.root / name
-        if not path.is_file():
-            what = "is no file" if path.exists() else "does not exist"
-            raise DataError(f"picture {path} {what}; --images names the folder that it lies in.")
+            return self.cache.num_views(name, plan_of(self.limit(among)))
+        origin = locate(self.root, name)
+        if isinstance(origin, Path) and not origin.is_file():
+            what = "is no file" if origin.exists() else "does not exist"
+            raise DataError(f"picture {origin} {what}; --images names the folder that it lies in.")
         assert self.encoder is not None
-        return 1 if self.encoder.tiling.type == "single" else len(self.get(name).views)
+        if self.encoder.tiling.type == "single":
+            return 1
+        return len(self._look(name, self.limit(among)).views)
 
-    def get(self, name: str) -> Picture | Features:
+    def get(self, name: str, among: int = 1) -> Picture | Features | PackedFeatures:
+        """What the model takes of one of `among` pictures of a row."""
+        limit = self.limit(among)
         if self.cache is not None:
-            return self.cache[name]
-        assert self.encoder is not None
-        return self.encoder.look([self.root / name])[0]
+            plan = plan_of(limit)
+            return self.cache.packed(name, plan) if self.packed else self.cache.get(name, plan)
+        return self._look(name, limit)
 
-    def views(self, found: Sequence[Picture | Features]) -> mx.array | None:
+    def _look(self, name: str, limit: int | None) -> Picture:
+        assert self.encoder is not None
+        origin = locate(self.root, name)
+        if not isinstance(origin, Path):
+            try:
+                return self.encoder.look([read_bytes(origin)[0]], max_tiles=limit)[0]
+            except (OSError, PictureError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise DataError(f"picture {name} ({origin}): {reason.rstrip('.')}.") from None
+        return self.encoder.look([origin], max_tiles=limit)[0]
+
+    def views(self, found: Sequence[Picture | Features | PackedFeatures]) -> mx.array | None:
         """[views, tokens, width] features of all pictures in order; runs the encoder if it must."""
         if not found:
             return None
+        if isinstance(found[0], PackedFeatures):
+            return unpack([f for f in found if isinstance(f, PackedFeatures)])
         if isinstance(found[0], Features):
-            return mx.array(np.concatenate([np.stack(f.views) for f in found]))
+            features = [f for f in found if isinstance(f, Features)]
+            return mx.array(np.concatenate([np.stack(f.views) for f in features]))
         assert self.encoder is not None
         encoded = self.encoder.encode([p for p in found if isinstance(p, Picture)])
         return mx.stack([view for features in encoded for view in features.views])
@@ -110,7 +137,8 @@ class Feed:
         for index in indices:
             one = self.groups[index]
             try:
-                pictures = [self.pictures.get(name) for name in one.rows[0].images]
+                names = one.rows[0].images
+                pictures = [self.pictures.get(name, len(names)) for name in names]
             except VLMError as error:
                 if self.strict:
                     raise

@@ -95,14 +95,14 @@ def prepare(
     records: Iterable[tuple[str, Record | VLMError]],
     tokenizer: Tokenizer,
     config: ModelConfig,
-    count_views: Callable[[str], int],
+    count_views: Callable[[str, int], int],
     max_seq_length: int,
     targets: Iterable[str] = (),
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
     """Samples of all usable rows, and (where, reason) of the others.
 
-    count_views: how many views the encoder (or the cache) has of a picture; a VLMError from it
-    costs the row. `targets` are the names of auxiliary targets to keep.
+    count_views: how many views the encoder (or the cache) has of a picture, one of so many in its
+    row; a VLMError from it costs the row. `targets` are the names of auxiliary targets to keep.
     """
     samples: list[Sample] = []
     skipped: list[tuple[str, str]] = []
@@ -115,7 +115,8 @@ def prepare(
                 if isinstance(record, VLMError):
                     raise record
                 parts, images = normalize_messages(record.messages, record.images)
-                counts = [count_views(name) * config.tokens_per_view for name in images]
+                views = [count_views(name, len(images)) for name in images]
+                counts = [n * config.tokens_per_view for n in views]
                 rows.append(_Row(where, record, parts, list(images), counts))
             except VLMError as error:
                 skipped.append((where, str(error).removeprefix(f"{where}: ")))

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .archives import find_archives, read_archive_rows
+from .json_list import read_list
 from .records import Record, parse_record
 
 ROW_SUFFIXES = (".jsonl", ".json")
+MAIN_ROWS = ("train.jsonl", "train.json")
 PICTURE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .avif .jp2".split()
 )
@@ -24,8 +27,12 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | DataE
     """(where, row) of each row; an unreadable row is a DataError instead.
 
     path: a .json list, a .jsonl file, or a folder with train.jsonl, train.json or a single such
-    file. `where` is "name:line" (.jsonl) or "name[index]" (.json).
+    file; or WebDataset tars or parquet, as `archives` finds them. `where` is "name:line" (.jsonl),
+    "name[index]" (.json, .parquet) or "name/key" (.tar).
     """
+    root, archives = archives_of(path)
+    if archives:
+        return read_archive_rows(root, archives)
     path = find_rows(path)
     return _read_lines(path) if path.suffix.lower() == ".jsonl" else _read_list(path)
 
@@ -42,11 +49,28 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Record | DataError]]:
             yield where, error
 
 
+def archives_of(path: str | Path) -> tuple[Path, list[Path]]:
+    """`find_archives`, but a folder's own train.jsonl or train.json comes before its archives."""
+    path = Path(path)
+    if any((path / name).is_file() for name in MAIN_ROWS):
+        return path, []
+    return find_archives(path)
+
+
+def picture_root(data: str | Path, images: str | Path | None = None) -> Path:
+    """What the names in `data` are relative to: `images`, else the data's own folder.
+
+    Pictures inside archives go with the data, wherever `images` is.
+    """
+    root, archives = archives_of(data)
+    return root if archives or not images else Path(images)
+
+
 def find_rows(path: str | Path) -> Path:
     """The file of rows that `path` is or holds."""
     path = Path(path)
     if path.is_dir():
-        for name in ("train.jsonl", "train.json"):
+        for name in MAIN_ROWS:
             if (path / name).is_file():
                 return path / name
         files = sorted(
@@ -62,7 +86,9 @@ def find_rows(path: str | Path) -> Path:
     if not path.exists():
         raise DataError(f"{path} does not exist.")
     if path.suffix.lower() not in ROW_SUFFIXES:
-        raise DataError(f"{path} must be a .json or .jsonl file, or a folder that holds one.")
+        raise DataError(
+            f"{path} must be a .json, .jsonl, .tar or .parquet file, or a folder that holds one."
+        )
     return path
 
 
@@ -103,18 +129,17 @@ def _read_line(line: bytes, where: str) -> dict[str, Any] | DataError:
 
 def _read_list(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        for index, row in enumerate(read_list(path)):
+            where = f"{path.name}[{index}]"
+            yield where, _row(row, where)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except TypeError as error:
+        raise DataError(f"{path} must hold a JSON list of rows, not a {error}.") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(
             f"{path} is not JSON: {error}. One object a line? Name it .jsonl."
         ) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path} must hold a JSON list of rows, not a {type(rows).__name__}.")
-    for index, row in enumerate(rows):
-        where = f"{path.name}[{index}]"
-        yield where, _row(row, where)
 
 
 def _row(row: Any, where: str) -> dict[str, Any] | DataError:

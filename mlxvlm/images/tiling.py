@@ -49,6 +49,12 @@ def look(
     return picture
 
 
+def tiles_each(tiling: TilingConfig, among: int) -> int | None:
+    """The most tiles that each of `among` pictures in one row of data may have; None: as many as
+    the tiling makes. A single view is never limited."""
+    return None
+
+
 def view(image: Image.Image, tiling: TilingConfig) -> np.ndarray:
     """RGB image -> one square view, uint8 [image_size, image_size, 3]."""
     size, resample = tiling.image_size, tiling.resample

@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import read_json
+from ..durable import sync_path
 from ..errors import ConfigError
 from ..weights.check import check
-from ..weights.save import sync
 from .optimizer import Optimizer
 
 FOLDER = "checkpoints"
@@ -45,10 +45,10 @@ def save(
     mx.save_safetensors(str(beside / "optimizer.safetensors"), optimizer.to_arrays())
     (beside / "state.json").write_text(json.dumps({"step": step, "run": fingerprint}, indent=1))
     for path in (*beside.iterdir(), beside):
-        sync(path)
+        sync_path(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(beside, final)
-    sync(folder)
+    sync_path(folder)
     for old in steps(out)[:-keep] if keep else []:
         shutil.rmtree(folder / f"step-{old:06d}")
     return final

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from ..config import LoRAConfig
 from ..data.buckets import Batch
 from ..data.feed import Feed, Pictures
 from ..data.samples import prepare
-from ..data.sources import read_rows
+from ..data.sources import picture_root, read_rows
 from ..errors import ConfigError, DataError, UsageError, VLMError
+from ..images.tiling import tiles_each
 from ..language.forward import check_head
 from ..language.lora import add_lora
 from ..model import VLM
@@ -116,10 +118,11 @@ class Trainer:
 
     def _feed(self, data: str) -> Feed:
         config = self.config
-        root = Path(config.images or (Path(data) if Path(data).is_dir() else Path(data).parent))
+        root = picture_root(data, config.images)
         if not root.is_dir():
             raise UsageError(f"--images must name a folder, and {root} is none.")
-        pictures = Pictures(self.encoder, root, self.cache)
+        limit = partial(tiles_each, self.vlm.config.tiling)
+        pictures = Pictures(self.encoder, root, self.cache, limit)
         assert self.vlm.tokenizer is not None
         samples, skipped = prepare(
             read_rows(data),
@@ -158,16 +161,16 @@ class Trainer:
             self.vlm.update(tree_unflatten(list(weights.items())))
         metrics = _open_metrics(self.out / METRICS, self.step)
         self.vlm.train()
-        reading = self.feed.read(self.step * config.grad_accumulation_steps)
+        micro = config.grad_accumulation_steps
+        # A step takes all its batches at once: while it computes, the next one's are read.
+        reading = self.feed.read(self.step * micro, ahead=micro + 1)
         bad = 0
         started = time.perf_counter()
         first = self.step
         try:
             with _finish_step_on_interrupt() as interrupted:
                 while self.step < self.steps:
-                    line = self._step(
-                        [next(reading) for _ in range(config.grad_accumulation_steps)]
-                    )
+                    line = self._step([next(reading) for _ in range(micro)])
                     bad = 0 if line["loss"] is not None else bad + 1
                     if bad == MAX_BAD_STEPS and not line["rows"]:
                         name, reason = next(iter(self.feed.failed.items()))

@@ -14,7 +14,9 @@ def is_full(error: Exception) -> bool:
     """Whether an OSError or SQLite error says that the disk, or our share of it, is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "disk is full" in str(error)
+    # SQLite tells a full disk from a spent quota or file size, which it calls a failed write.
+    name = getattr(error, "sqlite_errorname", "")
+    return name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE") or "disk is full" in str(error)
 
 
 def sync(fd: int) -> None:
@@ -30,16 +32,22 @@ def sync(fd: int) -> None:
     os.fsync(fd)
 
 
+def sync_path(path: Path) -> None:
+    """`sync` of a file by its path, or of a folder, which makes the names in it last."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync(fd)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Renames a synced file to its name, and makes the name last."""
     os.replace(partial, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError:
-        pass  # some network file systems cannot sync a folder
-    finally:
-        os.close(folder)
+    sync_path(final.parent)
 
 
 def write_whole(path: Path, data: bytes) -> None:
