@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 
 from mlxvlm.cli.plan import describe_plan, plan_line, plan_table
 from mlxvlm.cli.progress import duration, list_skipped, say
-from mlxvlm.errors import DataError
+from mlxvlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.cache.run import Summary
@@ -66,6 +67,13 @@ def cache_embeddings(
             help="mean2: 2x2 means, a quarter of the tokens. Default: a model's own, or none.",
         ),
     ] = None,
+    at: Annotated[
+        Literal["encoder", "projector"],
+        typer.Option(
+            "--at",
+            help="projector: what the language model sees, where the projector trains no more.",
+        ),
+    ] = "encoder",
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Pictures at once. Default: 8, or the cache's."),
@@ -126,16 +134,17 @@ def cache_embeddings(
 
     from mlxvlm.cache.plan import make_plan
     from mlxvlm.machine import backup, limits, power, sync
-    from mlxvlm.weights.load import load_encoder
+    from mlxvlm.weights.load import load_encoder, load_projected
 
     limits.allow_open_files()
     limits.limit_serving()
-    encoder = load_encoder(
-        model,
-        pool=pool,
-        dtype=dtype,
-        revision=revision,
-        report=lambda download: say(str(download)),
+    if at == "projector" and pool:
+        raise UsageError(
+            "--pool belongs to the encoder; with --at projector the model has its own."
+        )
+    take = load_projected if at == "projector" else partial(load_encoder, pool=pool)
+    encoder = take(
+        model, dtype=dtype, revision=revision, report=lambda download: say(str(download))
     )
     jobs = distinct(sources[:limit])
     del sources

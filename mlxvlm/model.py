@@ -22,6 +22,7 @@ from .errors import PromptError
 from .images.picture import Features, Picture
 from .language.forward import embedding
 from .language.load import build_language, language_width
+from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
 from .vision.build import build_vision
@@ -58,6 +59,12 @@ class VLM(nn.Module):
         return Encoder(
             self.vision, self.config.vision, self.config.tiling, pool=pool, dtype=weight.dtype
         )
+
+    @property
+    def projected_encoder(self) -> ProjectedEncoder:
+        """Encoder and projector as one, for a cache of what the language model sees."""
+        width = language_width(self.config.language)
+        return ProjectedEncoder(self.encoder, self.projector, self.config.tokens_per_view, width)
 
     def look(
         self, images: Sequence[Any], max_tiles: int | None = None, allow_urls: bool = False

@@ -6,12 +6,16 @@ MLXVLM_TEST_COMPILE=1    lets mx.compile work on the CPU, where each kernel cost
 
 import os
 import random
+import signal
 
 # Before MLX and the Hugging Face libraries are imported, here and in every child process.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell that starts a program in the background has it ignore Ctrl-C, and its children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402

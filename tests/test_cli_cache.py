@@ -290,3 +290,22 @@ def test_upkeep(tmp_path, model):
     assert done.exit_code == 0 and "4 pictures dropped and 1 kept" in done.stdout, done.output
     with EmbeddingCache.open(tmp_path / "all") as opened:
         assert list(opened.names()) == ["002.png"] and opened.verify() == []
+
+
+def test_at_projector_stores_what_the_language_model_sees(tmp_path):
+    vlm = tiny_vlm()
+    save(vlm, tmp_path / "vlm")
+    draw(tmp_path / "pictures", 3)
+    words = ("cache-embeddings", tmp_path / "pictures", "-m", tmp_path / "vlm", "--out")
+    at = ("--at", "projector")
+    assert command(*words, tmp_path / "a", *at, "--pool", "mean2").exit_code == 2
+    done = command(*words, tmp_path / "a", *at, "--codec", "float32")
+    assert done.exit_code == 0, done.output
+    with EmbeddingCache.open(tmp_path / "a") as cache:
+        name = next(cache.names())
+        view = cache[name].views[0]
+        want = np.array(vlm.project(vlm.look([tmp_path / "pictures" / name])))
+        np.testing.assert_allclose(view, want, atol=1e-5)
+    planned = command(*words, tmp_path / "b", *at, "--plan")
+    assert planned.exit_code == 0 and not (tmp_path / "b").exists(), planned.output
+    assert command(*words, tmp_path / "a", "--codec", "float32").exit_code == 1

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
+from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.inputs import picture_sources
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.errors import CacheError, ConfigError, DataError, PictureError, UsageError
@@ -24,7 +25,7 @@ from mlxvlm.language.lora import fuse
 from mlxvlm.model import VLM
 from mlxvlm.train.loop import Trainer
 from mlxvlm.train.stages import stage_config
-from mlxvlm.weights.load import load
+from mlxvlm.weights.load import load, load_projected
 from mlxvlm.weights.save import save
 
 ROWS = 12
@@ -349,3 +350,32 @@ def test_recipes(tmp_path):
         recipe.write_text(text + "\n")
         with pytest.raises(ConfigError, match=says):
             stage_config("pretrain", {"model": "m", "data": "d", "out": "o"}, recipe)
+
+
+def test_what_a_frozen_projector_gives_can_be_cached(place, tmp_path):
+    """Training the language model on it equals training it from pictures; the projector cannot."""
+    images = place / "data" / "images"
+    sources = [(path.name, path) for path in sorted(images.iterdir()) if path.name != "torn.png"]
+    write_cache(load_projected(place / "model"), sources, tmp_path / "cache", codec="float32")
+    flags = {"train": "lm", "iters": 6, "learning_rate": 1e-3}
+    train(place, "sft", tmp_path / "a", **flags)
+    trainer = train(place, "sft", tmp_path / "b", **flags, cache=str(tmp_path / "cache"))
+    np.testing.assert_allclose(losses(tmp_path / "b"), losses(tmp_path / "a"), atol=1e-5)
+    assert same(load(place / "model"), load(tmp_path / "b"), "projector.")
+    assert trainer.evaluate(trainer.feed) == pytest.approx(losses(tmp_path / "b")[-1], abs=0.5)
+    with pytest.raises(ConfigError, match="projector cannot train"):
+        train(place, "pretrain", tmp_path / "c", cache=str(tmp_path / "cache"))
+    other = tiny_vlm()
+    other.projector.out_proj.bias = other.projector.out_proj.bias + 1e-3
+    save(other, tmp_path / "other")
+    with pytest.raises(CacheError, match="projector"):
+        train(
+            place,
+            "sft",
+            tmp_path / "d",
+            **flags,
+            model=str(tmp_path / "other"),
+            cache=str(tmp_path / "cache"),
+        )
+    with EmbeddingCache.open(tmp_path / "cache") as cache, pytest.raises(CacheError, match="at "):
+        cache.require(load(place / "model").encoder.identity())

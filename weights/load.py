@@ -17,6 +17,8 @@ import mlx.nn as nn
 
 from mlxvlm.config import ModelConfig, TilingConfig, VisionConfig, read_dataclass, read_json
 from mlxvlm.errors import ConfigError, PromptError
+from mlxvlm.projected import ProjectedEncoder
+from mlxvlm.projectors.build import build_projector
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
@@ -106,6 +108,36 @@ def load_encoder(
         means = family in WHOLE and family.model(checkpoint).projector.pool == "mean2"
         pool = "mean2" if means else "none"
     return Encoder(holder.vision, config, tiles, pool=pool, dtype=weight.dtype)
+
+
+def load_projected(
+    path_or_hub_id: str | Path,
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+    report: Report | None = None,
+) -> ProjectedEncoder:
+    """Encoder and projector of a whole model, without its language model."""
+    from mlxvlm.language.load import language_width
+
+    folder = resolve(path_or_hub_id, revision, report)
+    family = _family(folder, WHOLE, "a vision-language model")
+    checkpoint = Checkpoint.open(folder)
+    config = family.model(checkpoint)
+    width = language_width(config.language)
+    projector = build_projector(config.projector, config.vision, width)
+    holder = _Holder(vision=build_vision(config.vision), projector=projector)
+    fill(
+        holder,
+        checkpoint,
+        family.rename,
+        prefixes=("vision.", "projector."),
+        dtype=parse_dtype(dtype),
+        quantization=_quantization(checkpoint, family),
+    )
+    pool = "mean2" if config.projector.pool == "mean2" else "none"
+    weight = holder.vision.embeddings.patch_embedding.weight
+    encoder = Encoder(holder.vision, config.vision, config.tiling, pool=pool, dtype=weight.dtype)
+    return ProjectedEncoder(encoder, projector, config.tokens_per_view, width)
 
 
 def load_siglip(
@@ -246,8 +278,9 @@ def _check_not_unfinished(folder: Path) -> None:
 
 
 class _Holder(nn.Module):
-    """A tower under the name that it has in a whole model."""
+    """Parts under the names that they have in a whole model."""
 
-    def __init__(self, vision: Any):
+    def __init__(self, **parts: Any):
         super().__init__()
-        self.vision = vision
+        for name, part in parts.items():
+            self[name] = part

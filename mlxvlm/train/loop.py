@@ -73,8 +73,16 @@ class Trainer:
         self._freeze()
         self.cache = EmbeddingCache.open(config.cache) if config.cache else None
         self.encoder: Encoder | None = self.vlm.encoder
+        # Whether the cache holds what a frozen projector made of the features.
+        self.projected = bool(self.cache and self.cache.meta["encoder"].get("at") == "projector")
+        if self.projected and "projector" in config.parts:
+            raise ConfigError(
+                f"{config.cache} holds what the projector gives, so the projector cannot train "
+                "(--train): leave it out, or cache without --at projector."
+            )
         if self.cache is not None:
-            self.cache.require(self.encoder.identity())
+            encoder = self.vlm.projected_encoder if self.projected else self.encoder
+            self.cache.require(encoder.identity())
             # Frozen and not needed again before the result is saved: its memory serves the run.
             self.encoder = None
             del self.vlm.vision
@@ -226,15 +234,8 @@ class Trainer:
         parts: dict[str, mx.array] = {}
         for batch, found in batches:
             views = self.feed.pictures.views(found)
-            flat, here = gradients(
-                self.gradient,
-                self.vlm,
-                batch,
-                views,
-                config.targets,
-                totals,
-                config.grad_checkpoint,
-            )
+            options = (config.targets, totals, config.grad_checkpoint, self.projected)
+            flat, here = gradients(self.gradient, self.vlm, batch, views, *options)
             grads = {k: grads[k] + g if grads else g for k, g in flat.items()}
             parts = {k: parts.get(k, mx.array(0.0)) + v for k, v in here.items()}
             if len(batches) > 1:
@@ -277,7 +278,10 @@ class Trainer:
             if batch is None:
                 continue
             batch.targets = {}
-            total, _ = batch_loss(self.vlm, batch, feed.pictures.views(found), {}, {"loss": 1.0})
+            views = feed.pictures.views(found)
+            total, _ = batch_loss(
+                self.vlm, batch, views, {}, {"loss": 1.0}, projected=self.projected
+            )
             loss += float(total.item())  # type: ignore[arg-type]
             tokens += batch.supervised_tokens
         self.vlm.train()

@@ -83,6 +83,7 @@ def batch_loss(
     targets: dict[str, AuxiliaryTarget],
     totals: dict[str, float],
     grad_checkpoint: bool = False,
+    projected: bool = False,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """What a micro-batch adds to its step's loss, times `totals["loss"]`, and the loss's parts.
 
@@ -90,10 +91,13 @@ def batch_loss(
     of a mean over thousands of tokens would underflow. `gradients` divides afterwards.
 
     views: [views, tokens, width] features of the batch's pictures. totals: what each part is
-    divided by, over the whole step: "loss" supervised tokens, and each target's count.
+    divided by, over the whole step: "loss" supervised tokens, and each target's count. projected:
+    the features have been through the projector already.
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
-    visual = None if views is None else vlm.project_views(views)
+    visual = views
+    if views is not None:
+        visual = views.reshape(-1, views.shape[-1]) if projected else vlm.project_views(views)
     hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
     chosen = hidden[mx.array(batch.predict)]
     labels, weights = mx.array(batch.labels), mx.array(batch.weights)

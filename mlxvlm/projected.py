@@ -1,0 +1,55 @@
+"""The frozen half and a frozen projector behind it, as one encoder: what the language model sees.
+
+A cache of it holds `tokens_per_view` embeddings a view, of the language model's width. That pays
+where the projector trains no more and pools: nothing is left to run before the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .images.picture import Features, Picture
+from .vision.encoder import Encoder
+
+
+class ProjectedEncoder:
+    """Looks as its encoder does, and encodes through the projector. tokens and width are of a view
+    as the language model takes it."""
+
+    def __init__(self, encoder: Encoder, projector: nn.Module, tokens: int, width: int):
+        self.encoder, self.projector = encoder, projector
+        self.tiling, self.tokens, self.width = encoder.tiling, tokens, width
+
+    def look(
+        self, images: Iterable[Any], max_tiles: int | None = None, allow_urls: bool = False
+    ) -> list[Picture]:
+        return self.encoder.look(images, max_tiles, allow_urls)
+
+    def encode(self, pictures: list[Picture]) -> list[Features]:
+        """Features of pictures, lazy: [tokens, width] a view, in the projector's dtype."""
+        dtype = next(x.dtype for _, x in self._tensors())
+        found = self.encoder.encode(pictures)
+        for features in found:
+            views = mx.stack(features.views).astype(dtype)
+            features.views = list(self.projector(views))
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """The encoder's identity, and the projector's tensors by name, shape, dtype and bytes."""
+        digest = hashlib.sha256()
+        for name, x in self._tensors():
+            digest.update(f"{name} {list(x.shape)} {x.dtype}\n".encode())
+            bits = x.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize])
+            digest.update(np.ascontiguousarray(np.array(bits)).data)
+        return {**self.encoder.identity(), "at": "projector", "projector": digest.hexdigest()}
+
+    def _tensors(self) -> list[tuple[str, mx.array]]:
+        flat: Any = tree_flatten(self.projector.parameters())
+        return sorted(flat, key=lambda one: one[0])
