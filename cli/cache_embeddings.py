@@ -52,8 +52,8 @@ def cache_embeddings(
     codec: Annotated[
         Literal["float32", "bf16", "fp16", "int8", "int4"],
         # int8: half of bf16's bytes for an error of under 1%, at most 1.2% of any channel's
-        # deviation (tests/benchmarks/cache.py). Projectors trained on it validate as on float32:
-        # 0.0% +- 0.2%; on int4, which is for who asks, 0.2% +- 2.8% (codec_study.py beside it).
+        # deviation (tests/benchmarks/cache_codecs.py). Projectors trained on it validate as on
+        # float32: 0.0% +- 0.2%; on int4, which is for who asks, 0.2% +- 2.8% (cache_study.py).
         typer.Option("--codec", help="How features are kept."),
     ] = "int8",
     dtype: Annotated[

@@ -1,4 +1,6 @@
-"""How long a training step waits for features: python tests/benchmarks/feed.py [--pictures 64]
+"""How long a training step waits for features.
+
+    python tests/benchmarks/cache_feed.py [--pictures 64]
 
 A small language model and an MLP projector learn from cached features of So400m's size, 729 x 1152.
 `wait` is the time between asking for a batch and having it; `read` is what the reading thread takes

@@ -1,6 +1,6 @@
 """What a codec costs the model: the same training on float32 features and on others.
 
-    python tests/benchmarks/codec_study.py --model DIR --images DIR --data ROWS --val ROWS
+    python tests/benchmarks/cache_study.py --model DIR --images DIR --data ROWS --val ROWS
 
 For each seed: a fresh projector, trained before MODEL's frozen language model on the features of
 each codec, in one order of the data. Validation is on float32 features, which a model meets when
