@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mlxvlm.cli.progress import list_skipped, say
+from mlxvlm.cli.progress import amount, list_skipped, say
 
 app = typer.Typer(help="Look after an embedding cache.", no_args_is_help=True)
 
@@ -40,7 +40,7 @@ def info(
     encoder = meta["encoder"]
     typer.echo(
         f"{folder}: {totals['pictures']:,} pictures under {totals['names']:,} names, "
-        f"{totals['views']:,} views, {totals['bytes'] / 1e9:.2f} GB in {totals['shards']:,} "
+        f"{totals['views']:,} views, {amount(totals['bytes'])} in {totals['shards']:,} "
         f"shards, {meta['codec']}, {totals['bytes'] / max(1, totals['views']):,.0f} bytes a view"
     )
     for name, value in encoder.items():
@@ -143,7 +143,7 @@ def merge(
         typer.echo(json.dumps({"out": str(out), "moved": dataclasses.asdict(merged), **totals}))
         return
     typer.echo(
-        f"{out}: {merged.shards:,} shards ({merged.bytes / 1e9:.2f} GB) moved; it holds "
+        f"{out}: {merged.shards:,} shards ({amount(merged.bytes)}) moved; it holds "
         f"{totals['pictures']:,} pictures under {totals['names']:,} names now. Empty, and no "
         f"longer needed: {', '.join(map(str, folders))}"
     )

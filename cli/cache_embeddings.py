@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlxvlm.cli.plan import describe_plan, plan_line, plan_table
-from mlxvlm.cli.progress import duration, list_skipped, say
+from mlxvlm.cli.progress import amount, duration, list_skipped, say
 from mlxvlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def told(summary: Summary, out: Path) -> str:
         if count:
             parts.append(f"{count:,} {what}")
     return (
-        f"{out}: {summary.total:,} pictures ({', '.join(parts)}), {summary.bytes / 1e9:.2f} GB "
+        f"{out}: {summary.total:,} pictures ({', '.join(parts)}), {amount(summary.bytes)} "
         f"written in {duration(summary.seconds)}."
     )
 
@@ -247,7 +247,7 @@ class ProgressLine:
         left = (summary.total - summary.done) * summary.seconds / max(done_here, 1)
         text = (
             f"{summary.done:,}/{summary.total:,} pictures  {summary.views:,} views  "
-            f"{rate:.1f} images/s  {summary.bytes / 1e9:.2f} GB  {duration(left)} left"
+            f"{rate:.1f} images/s  {amount(summary.bytes)}  {duration(left)} left"
         )
         if summary.failures:
             text += f"  {len(summary.failures):,} failed"

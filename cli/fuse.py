@@ -18,7 +18,7 @@ def fuse(
     from mlxvlm.weights.load import load
     from mlxvlm.weights.save import save
 
-    check_out(out, model)
+    check_out(out, model, adapter_path)
     vlm = load(model, adapter=adapter_path)
     lora.fuse(vlm.language)
     save(vlm, out)

@@ -56,7 +56,7 @@ def test_fuse_does_not_overwrite_its_model_or_another_kind(tmp_path):
     save_adapter(vlm, config, tmp_path / "adapter")
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    for out, message in (("model", "folder of its own"), ("llama", "another kind of model")):
+    for out, message in (("model", "folder of its own"), ("llama", "holds a model already")):
         flags = ["--adapter-path", str(tmp_path / "adapter"), "--out", str(tmp_path / out)]
         done = CliRunner().invoke(app, ["fuse", "-m", str(tmp_path / "model"), *flags])
         assert done.exit_code and message in done.output

@@ -523,7 +523,7 @@ def test_a_damaged_record_names_its_picture_and_the_way_out(made, pictures):
     view = header.rows[1].views[0]
     flip(made / "shards" / "shard-000002.safetensors", view.offset + view.size // 2)
     with EmbeddingCache.open(made) as cache:
-        with pytest.raises(CacheError, match="011.png in shard .*shard-000002.*cache verify"):
+        with pytest.raises(CacheError, match="011.png in shard .*shard-000002.*cache repair"):
             cache["011.png"]
         (problem,) = cache.verify()
         assert "011.png" in problem and "shard-000002" in problem

@@ -118,6 +118,14 @@ def test_a_cached_run_holds_no_encoder_and_saves_it_all_the_same(place, tmp_path
     assert same(load(place / "model"), load(tmp_path), "vision.")
 
 
+def test_a_cache_serves_names_whose_pictures_are_gone(place, tmp_path):
+    (tmp_path / "rows.jsonl").write_text((place / "data" / "train.jsonl").read_text())
+    flags = {"data": str(tmp_path / "rows.jsonl"), "images": str(tmp_path / "gone"), "iters": 20}
+    train(place, "pretrain", tmp_path / "a", **flags, cache=str(place / "cache"))
+    train(place, "pretrain", tmp_path / "b", iters=20, cache=str(place / "cache"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
 def test_stages_train_their_parts_and_nothing_else(place, tmp_path):
     base = load(place / "model")
     train(place, "pretrain", tmp_path / "a", iters=2)
@@ -379,3 +387,16 @@ def test_what_a_frozen_projector_gives_can_be_cached(place, tmp_path):
         )
     with EmbeddingCache.open(tmp_path / "cache") as cache, pytest.raises(CacheError, match="at "):
         cache.require(load(place / "model").encoder.identity())
+
+
+def test_recipes_say_what_is_wrong_with_them(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    for text, says in (
+        ('targets = "lm"', "must be tables"),
+        ("[targets]\nx = 3", "must be tables"),
+        ("batch_size = 8\nbatch-size = 4", "batch-size twice"),
+        ("[targets.x]\nlayer = 1.5", "layer in 'targets.x' must be a whole number"),
+    ):
+        recipe.write_text(text + "\n")
+        with pytest.raises(ConfigError, match=says):
+            stage_config("pretrain", {"model": "m", "data": "d", "out": "o"}, recipe)

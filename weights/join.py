@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
-from mlxvlm.errors import ConfigError, WeightsError
+from mlxvlm.errors import ConfigError, UsageError, WeightsError
 from mlxvlm.weights.families import llama
 from mlxvlm.weights.folder import Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
@@ -117,16 +117,14 @@ def image_token_id(tokenizer: Tokenizer, language: dict[str, Any]) -> int:
 
 def check_out(out: str | Path, *sources: str | Path) -> Path:
     """The folder for a new model: not one of its sources, nor one that holds something else."""
-    from mlxvlm.config import MODEL_TYPE, read_json
-
     out = Path(out)
     for source in sources:
         if Path(source).exists() and out.resolve() == Path(source).resolve():
-            raise ConfigError(f"--out (={out}) is one of the parts: give a folder of its own.")
-    if (out / "config.json").exists() and read_json(out / "config.json").get(
-        "model_type"
-    ) != MODEL_TYPE:
-        raise ConfigError(f"--out (={out}) holds another kind of model: give a new folder.")
+            raise UsageError(f"--out (={out}) is one of the parts: give a folder of its own.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must name a folder, and {out} is a file.")
+    if any((out / name).exists() for name in ("config.json", "adapters.safetensors")):
+        raise UsageError(f"--out {out} holds a model already; name another folder.")
     return out
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -69,6 +70,9 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
 def run(stage: str, command: list[str]) -> None:
     """Runs one stage in a process of its own, from the repository's root; stops where it fails."""
     print(f"\n{stage}: python -m {shlex.join(command)}", flush=True)
+    if command[:2] in (["mlxvlm", "build"], ["mlxvlm", "pretrain"], ["mlxvlm", "sft"]):
+        # These refuse to write over a model; here an earlier one is meant to go.
+        shutil.rmtree(command[command.index("--out") + 1], ignore_errors=True)
     start = time.perf_counter()
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

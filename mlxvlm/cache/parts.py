@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ..data.origins import Origin, read_bytes
-from ..errors import CacheError, ConfigError, PictureError
+from ..errors import CacheError, PictureError, UsageError
 
 Job = TypeVar("Job")
 
@@ -39,7 +39,7 @@ class Part(NamedTuple):
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         part = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
         if not 1 <= part.number <= part.count:
-            raise ConfigError(f"--shard (={text!r}) must be i/n with 1 <= i <= n, such as 2/3.")
+            raise UsageError(f"--shard (={text!r}) must be i/n with 1 <= i <= n, such as 2/3.")
         return part
 
     @classmethod

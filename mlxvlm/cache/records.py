@@ -81,8 +81,7 @@ class OpenShard:
         if len(data) != view.size or zlib.crc32(data) != view.crc32:
             raise CacheError(
                 f"the features of {label} in shard {self.path} are damaged: their checksum does "
-                "not match. `mlxvlm cache verify` lists all that is damaged; delete the shard and "
-                "run the same `mlxvlm cache-embeddings` again to encode its pictures anew."
+                "not match. `mlxvlm cache repair` encodes them again from their pictures."
             )
         return data
 

@@ -127,7 +127,7 @@ class Trainer:
     def _feed(self, data: str) -> Feed:
         config = self.config
         root = picture_root(data, config.images)
-        if not root.is_dir():
+        if self.cache is None and not root.is_dir():
             raise UsageError(f"--images must name a folder, and {root} is none.")
         limit = partial(tiles_each, self.vlm.config.tiling)
         pictures = Pictures(self.encoder, root, self.cache, limit)

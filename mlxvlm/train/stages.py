@@ -155,7 +155,10 @@ def stage_config(
     for name in ("model", "data", "out"):
         if not values.get(name):
             raise UsageError(f"{flag_name(name)} is missing; give it as a flag or in the recipe.")
-    return read_dataclass(TrainConfig, values, stage)
+    try:
+        return read_dataclass(TrainConfig, values, stage)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -167,8 +170,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}.") from None
+    if twice := [name for name in raw if "-" in name and name.replace("-", "_") in raw]:
+        raise UsageError(f"recipe {path} has {twice[0]} twice, with a dash and an underscore.")
     raw = {name.replace("-", "_"): value for name, value in raw.items()}
     if "targets" in raw:
+        tables = raw["targets"]
+        if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+            raise UsageError(f"targets in recipe {path} must be tables: [targets.NAME].")
         raw["targets"] = {
             name: read_dataclass(AuxiliaryTarget, value, f"targets.{name}")
             for name, value in raw["targets"].items()
