@@ -206,6 +206,11 @@ class ModelConfig:
         """Visual tokens that the language model sees for one view."""
         return pooled_tokens(self.vision, self.projector.pool)
 
+    @property
+    def encoder_pool(self) -> str:
+        """The part of the pooling that comes before the projector, and may be cached."""
+        return "mean2" if self.projector.pool == "mean2" else "none"
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         if raw.get("model_type") != MODEL_TYPE:

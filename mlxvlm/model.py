@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from .config import ModelConfig
+from .dtypes import dtype_of
 from .errors import PromptError
 from .images.picture import Features, Picture
 from .language.forward import embedding
@@ -54,11 +54,8 @@ class VLM(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """The frozen half: pictures to features, as an embedding cache stores them."""
-        pool = "mean2" if self.config.projector.pool == "mean2" else "none"
-        weight = self.vision.embeddings.patch_embedding.weight
-        return Encoder(
-            self.vision, self.config.vision, self.config.tiling, pool=pool, dtype=weight.dtype
-        )
+        config, dtype = self.config, self.vision.embeddings.patch_embedding.weight.dtype
+        return Encoder(self.vision, config.vision, config.tiling, config.encoder_pool, dtype)
 
     @property
     def projected_encoder(self) -> ProjectedEncoder:
@@ -112,13 +109,8 @@ class VLM(nn.Module):
 
     def project_views(self, views: mx.array) -> mx.array:
         """[views, tokens, width] features to [views * tokens_per_view, D] embeddings."""
-        out = self.projector(views.astype(self.projector_dtype))
+        out = self.projector(views.astype(dtype_of(self.projector)))
         return out.reshape(-1, out.shape[-1])
-
-    @property
-    def projector_dtype(self) -> mx.Dtype:
-        leaves: list[Any] = [v for _, v in tree_flatten(self.projector.parameters())]
-        return next(v.dtype for v in leaves if mx.issubdtype(v.dtype, mx.floating))
 
     def embed(self, tokens: Any, pictures: Sequence[Picture | Features] | None = None) -> mx.array:
         """Embeddings [B, L, D] of tokens [B, L] with the pictures in their places.

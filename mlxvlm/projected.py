@@ -6,17 +6,15 @@ where the projector trains no more and pools: nothing is left to run before the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
+from .dtypes import dtype_of
 from .images.picture import Features, Picture
-from .vision.encoder import Encoder
+from .vision.encoder import Encoder, digest_of, tensors_of
 
 
 class ProjectedEncoder:
@@ -34,7 +32,7 @@ class ProjectedEncoder:
 
     def encode(self, pictures: list[Picture]) -> list[Features]:
         """Features of pictures, lazy: [tokens, width] a view, in the projector's dtype."""
-        dtype = next(x.dtype for _, x in self._tensors())
+        dtype = dtype_of(self.projector)
         found = self.encoder.encode(pictures)
         for features in found:
             views = mx.stack(features.views).astype(dtype)
@@ -43,13 +41,5 @@ class ProjectedEncoder:
 
     def identity(self) -> dict[str, Any]:
         """The encoder's identity, and the projector's tensors by name, shape, dtype and bytes."""
-        digest = hashlib.sha256()
-        for name, x in self._tensors():
-            digest.update(f"{name} {list(x.shape)} {x.dtype}\n".encode())
-            bits = x.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize])
-            digest.update(np.ascontiguousarray(np.array(bits)).data)
-        return {**self.encoder.identity(), "at": "projector", "projector": digest.hexdigest()}
-
-    def _tensors(self) -> list[tuple[str, mx.array]]:
-        flat: Any = tree_flatten(self.projector.parameters())
-        return sorted(flat, key=lambda one: one[0])
+        projector = digest_of(tensors_of(self.projector))
+        return {**self.encoder.identity(), "at": "projector", "projector": projector}

@@ -21,12 +21,12 @@ from mlxvlm.durable import sync_path
 from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.language.lora import adapter_parameters, add_lora
 from mlxvlm.weights.check import check
+from mlxvlm.weights.folder import ADAPTERS
 from mlxvlm.weights.save import room_beside
 
 if TYPE_CHECKING:
     from mlxvlm.model import VLM
 
-ADAPTERS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR = "projector.safetensors"
 

@@ -19,9 +19,10 @@ from mlxvlm.config import read_json
 from mlxvlm.errors import WeightsError
 
 SINGLE = "model.safetensors"
+ADAPTERS = "adapters.safetensors"
 INDEX = "model.safetensors.index.json"
 # safetensors files that are no part of a model's own weights.
-BESIDE = ("adapters.safetensors", "adapter_model.safetensors", "projector.safetensors")
+BESIDE = (ADAPTERS, "adapter_model.safetensors", "projector.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000
 

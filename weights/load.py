@@ -23,7 +23,7 @@ from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
 from mlxvlm.weights.families import clip, llava, native, siglip
-from mlxvlm.weights.folder import Checkpoint
+from mlxvlm.weights.folder import ADAPTERS, Checkpoint
 from mlxvlm.weights.hub import Download, resolve
 from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
 
@@ -105,8 +105,7 @@ def load_encoder(
     )
     weight = holder.vision.embeddings.patch_embedding.weight
     if pool is None:
-        means = family in WHOLE and family.model(checkpoint).projector.pool == "mean2"
-        pool = "mean2" if means else "none"
+        pool = family.model(checkpoint).encoder_pool if family in WHOLE else "none"
     return Encoder(holder.vision, config, tiles, pool=pool, dtype=weight.dtype)
 
 
@@ -134,9 +133,8 @@ def load_projected(
         dtype=parse_dtype(dtype),
         quantization=_quantization(checkpoint, family),
     )
-    pool = "mean2" if config.projector.pool == "mean2" else "none"
-    weight = holder.vision.embeddings.patch_embedding.weight
-    encoder = Encoder(holder.vision, config.vision, config.tiling, pool=pool, dtype=weight.dtype)
+    stored = holder.vision.embeddings.patch_embedding.weight.dtype
+    encoder = Encoder(holder.vision, config.vision, config.tiling, config.encoder_pool, stored)
     return ProjectedEncoder(encoder, projector, config.tokens_per_view, width)
 
 
@@ -266,7 +264,7 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
 def _check_not_unfinished(folder: Path) -> None:
     if (folder / "config.json").exists():
         return
-    if (folder / "adapters.safetensors").exists():
+    if (folder / ADAPTERS).exists():
         raise ConfigError(
             f"{folder} holds adapters, not a model: give them as --adapter-path, and with -m the "
             "model that they were trained on."

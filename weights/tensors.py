@@ -88,13 +88,11 @@ def fill(
     prefixes: tuple[str, ...] = ("",),
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, Any] | None = None,
-    free: tuple[str, ...] = (),
 ) -> None:
     """Gives a module its parameters, all of them, or raises and names what does not fit.
 
     rename: a tensor's name in the file -> the parameter's, or None for one that is known to be of
     no use. prefixes: only parameters that start so are filled, and only such tensors are looked at.
-    free: parameters that may stay as they are (a fresh projector).
     Values are read one tensor at a time, so memory holds one copy and the tensor at hand.
     """
     where = str(checkpoint.folder)
@@ -107,11 +105,7 @@ def fill(
     weights = {n: w.astype(cast_dtype(n, w.dtype, dtype)) for n, w in weights.items()}
     weights = _quantize(module, weights, quantization)
     flat: Any = tree_flatten(module.parameters())
-    expected = {
-        name: tuple(value.shape)
-        for name, value in flat
-        if name.startswith(prefixes) and not name.startswith(free or ("\0",))
-    }
+    expected = {name: tuple(value.shape) for name, value in flat if name.startswith(prefixes)}
     weights = {n: w for n, w in weights.items() if n in expected or not _unused(module, n)}
     report(
         where,

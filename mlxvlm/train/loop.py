@@ -30,14 +30,16 @@ from ..data.buckets import Batch
 from ..data.feed import Feed, Pictures
 from ..data.samples import prepare
 from ..data.sources import picture_root, read_rows
+from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..images.tiling import tiles_each
 from ..language.forward import check_head
 from ..language.lora import add_lora
 from ..model import VLM
 from ..vision.encoder import Encoder
-from ..weights.adapter import ADAPTERS, save_adapter
+from ..weights.adapter import save_adapter
 from ..weights.hub import resolve
+from ..weights.join import check_out
 from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
@@ -67,7 +69,7 @@ class Trainer:
             config.model, report=lambda found: self.report("download", {"what": str(found)})
         )
         self.vlm = load(self.model)
-        self.stored_dtype = _dtype(self.vlm.language)
+        self.stored_dtype = dtype_of(self.vlm.language)
         self.lora: LoRAConfig | None = None
         mx.random.seed(config.seed)
         self._freeze()
@@ -277,7 +279,6 @@ class Trainer:
         for batch, found in feed.once():
             if batch is None:
                 continue
-            batch.targets = {}
             views = feed.pictures.views(found)
             total, _ = batch_loss(
                 self.vlm, batch, views, {}, {"loss": 1.0}, projected=self.projected
@@ -309,18 +310,14 @@ class Trainer:
 def _check_out(config: TrainConfig) -> Path:
     """The result's folder: new, or empty, or that of the run which --resume goes on with."""
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out must name a folder, and {out} is a file.")
-    if config.resume:
+    if config.resume and out.is_dir():
         return out
     if checkpoint.steps(out):
         raise UsageError(
             f"--out {out} holds checkpoints of an earlier run; add --resume, or name another "
             "folder."
         )
-    if any((out / name).exists() for name in ("config.json", ADAPTERS)):
-        raise UsageError(f"--out {out} holds a model already; name another folder.")
-    return out
+    return check_out(out)
 
 
 def _digest_model(vlm: VLM) -> str:
@@ -334,11 +331,6 @@ def _digest_model(vlm: VLM) -> str:
         if not name.startswith("vision.") and not name.endswith((".lora_a", ".lora_b")):
             found.update(f"{name} {shape}".encode() + np.array(values).tobytes())
     return found.hexdigest()
-
-
-def _dtype(module: nn.Module) -> mx.Dtype:
-    leaves: list[Any] = [v for _, v in tree_flatten(module.parameters())]
-    return next(v.dtype for v in leaves if mx.issubdtype(v.dtype, mx.floating))
 
 
 def _every(step: int, interval: int) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -159,30 +160,35 @@ class Encoder:
 
     def _cast(self) -> None:
         # Weights may have been loaded after this encoder was made.
-        floats = [x for _, x in _tensors(self.vision) if mx.issubdtype(x.dtype, mx.floating)]
+        floats = [x for _, x in tensors_of(self.vision) if mx.issubdtype(x.dtype, mx.floating)]
         if any(x.dtype != self.dtype for x in floats):
             self.vision.set_dtype(self.dtype)
 
     def _sha256(self) -> str:
         """Over name, shape, dtype and bytes of the tensors that feed the features, by name."""
         self._cast()
-        used = [(n, x) for n, x in _tensors(self.vision) if self.vision.feeds_features(n)]
+        used = [(n, x) for n, x in tensors_of(self.vision) if self.vision.feeds_features(n)]
         arrays = [x for _, x in used]
         # Loading or training puts new arrays in place of these, and then the digest is stale.
         if self._digest is None or not _same(self._digest[0], arrays):
-            digest = hashlib.sha256()
-            for name, x in used:
-                digest.update(f"{name} {list(x.shape)} {_name(x.dtype)}\n".encode())
-                # NumPy has no bfloat16, and bits are what is asked for.
-                bits = x.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize])
-                digest.update(np.ascontiguousarray(np.array(bits)).data)
-            self._digest = (arrays, digest.hexdigest())
+            self._digest = (arrays, digest_of(used))
         return self._digest[1]
 
 
-def _tensors(vision: SiglipVision | ClipVision) -> list[tuple[str, mx.array]]:
-    """Every parameter of the tower, sorted by name."""
-    flat = tree_flatten(vision.parameters())
+def digest_of(tensors: Iterable[tuple[str, mx.array]]) -> str:
+    """sha256 over each tensor's name, shape, dtype and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, x in tensors:
+        digest.update(f"{name} {list(x.shape)} {_name(x.dtype)}\n".encode())
+        # NumPy has no bfloat16, and bits are what is asked for.
+        bits = x.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize])
+        digest.update(np.ascontiguousarray(np.array(bits)).data)
+    return digest.hexdigest()
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Every parameter of a module, sorted by name."""
+    flat = tree_flatten(module.parameters())
     return sorted(((n, x) for n, x in flat if isinstance(x, mx.array)), key=lambda item: item[0])
 
 
