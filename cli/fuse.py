@@ -20,6 +20,6 @@ def fuse(
 
     check_out(out, model, adapter_path)
     vlm = load(model, adapter=adapter_path)
-    lora.fuse(vlm.language)
+    lora.fuse(vlm)
     save(vlm, out)
     typer.echo(f"Saved {out}. Talk to it: mlxvlm chat -m {out}")

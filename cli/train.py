@@ -39,8 +39,8 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    use = "--adapter-path" if "lora:lm" in config.parts else "-m"
-    base = f"-m {config.model} " if use == "--adapter-path" else ""
+    use = "--adapter-path" if config.gives_adapters else "-m"
+    base = f"-m {config.model} " if config.gives_adapters else ""
     typer.echo(f"Saved {summary['out']}. Talk to it: mlxvlm chat {base}{use} {summary['out']}")
 
 

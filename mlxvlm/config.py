@@ -253,9 +253,13 @@ class ModelConfig:
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adapters on the language model.
+    """Low-rank adapters on the blocks of a language model or of a vision tower.
 
-    num_layers counts from the last block, -1 means all; keys None means every linear layer.
+    scale: what the adapters' output is multiplied by; Hugging Face's lora_alpha / rank.
+    num_layers: blocks with adapters, counted from the last; -1 means all.
+    keys: names of layers within a block, whole ("self_attn.q_proj") or their ends ("q_proj");
+        None means every linear layer.
+    dora: a magnitude for each output beside them (Liu et al. 2024).
     """
 
     rank: int = 16
@@ -263,6 +267,16 @@ class LoRAConfig:
     dropout: float = 0.0
     num_layers: int = -1
     keys: list[str] | None = None
+    dora: bool = False
+
+
+# The last parts of the names that adapters' own arrays have, as mlx-lm calls them.
+ADAPTER_LEAVES = ("lora_a", "lora_b", "m")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's own, and no part of the model that it is put on."""
+    return name.rsplit(".", 1)[-1] in ADAPTER_LEAVES
 
 
 def pooled_tokens(vision: VisionConfig, pool: str) -> int:

@@ -113,7 +113,7 @@ def test_views_of_one_size_are_one_batch_and_sizes_do_not_mix(monkeypatch):
         seen.append(pixels.shape)
         return mx.broadcast_to(pixels.mean(axis=(1, 2))[:, None], (pixels.shape[0], 2, 3))
 
-    monkeypatch.setattr(encoder, "_run", tower)
+    monkeypatch.setattr(encoder, "run", tower)
     rng = np.random.default_rng(0)
     sizes = [(30, 30), (20, 40), (30, 30), (40, 20), (20, 40)]
     views = [rng.normal(size=(*s, 3)).astype(np.float32) for s in sizes]
@@ -320,9 +320,9 @@ def test_many_views_go_through_in_batches(monkeypatch):
     pictures = [Picture([view(i)]) for i in range(7)]
     whole = encoder.encode(pictures)
     sizes = []
-    run = encoder._run
+    run = encoder.run
     monkeypatch.setattr(module, "MOST_TOKENS", 3 * encoder.config.num_tokens)
-    monkeypatch.setattr(encoder, "_run", lambda x: (sizes.append(len(x)), run(x))[1])
+    monkeypatch.setattr(encoder, "run", lambda x: (sizes.append(len(x)), run(x))[1])
     parts = encoder.encode(pictures)
     assert sizes == [3, 3, 1]
     for one, other in zip(parts, whole, strict=True):

@@ -20,9 +20,12 @@ from mlxvlm.errors import WeightsError
 
 SINGLE = "model.safetensors"
 ADAPTERS = "adapters.safetensors"
+VISION_ADAPTERS = "vision_adapters.safetensors"
+PROJECTOR = "projector.safetensors"
+VISION = "vision.safetensors"
 INDEX = "model.safetensors.index.json"
 # safetensors files that are no part of a model's own weights.
-BESIDE = (ADAPTERS, "adapter_model.safetensors", "projector.safetensors")
+BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, "adapter_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
 from mlxvlm.errors import ConfigError, UsageError, WeightsError
 from mlxvlm.weights.families import llama
-from mlxvlm.weights.folder import ADAPTERS, Checkpoint, weight_files
+from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
 from mlxvlm.weights.load import WHOLE, encoder_configs, layout_for, open_encoder
 from mlxvlm.weights.save import quantization_of
@@ -123,7 +123,7 @@ def check_out(out: str | Path, *sources: str | Path) -> Path:
             raise UsageError(f"--out (={out}) is one of the parts: give a folder of its own.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out must name a folder, and {out} is a file.")
-    if any((out / name).exists() for name in ("config.json", ADAPTERS)):
+    if any((out / name).exists() for name in ("config.json", ADAPTERS, VISION_ADAPTERS)):
         raise UsageError(f"--out {out} holds a model already; name another folder.")
     return out
 

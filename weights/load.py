@@ -23,7 +23,7 @@ from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
 from mlxvlm.weights.families import clip, llava, native, siglip
-from mlxvlm.weights.folder import ADAPTERS, Checkpoint
+from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint
 from mlxvlm.weights.hub import Download, resolve
 from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
 
@@ -264,7 +264,7 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
 def _check_not_unfinished(folder: Path) -> None:
     if (folder / "config.json").exists():
         return
-    if (folder / ADAPTERS).exists():
+    if any((folder / name).exists() for name in (ADAPTERS, VISION_ADAPTERS)):
         raise ConfigError(
             f"{folder} holds adapters, not a model: give them as --adapter-path, and with -m the "
             "model that they were trained on."

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxvlm.config import is_adapter
 from mlxvlm.durable import sync_path
 from mlxvlm.errors import WeightsError
 from mlxvlm.weights.folder import INDEX, SINGLE
@@ -41,7 +42,7 @@ def save(vlm: VLM, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """
     folder = Path(folder)
     weights = dict(tree_flatten(vlm.parameters()))
-    adapters = [name for name in weights if name.endswith((".lora_a", ".lora_b"))]
+    adapters = [name for name in weights if is_adapter(name)]
     if adapters:
         raise WeightsError(
             f"the model has {len(adapters)} adapter tensors ({adapters[0]}, ...): fuse them first, "

@@ -33,6 +33,7 @@ class Pictures:
 
     One of `encoder` and `cache` is needed: with a cache, no encoder is held. `limit` says how many
     tiles each of so many pictures of one row may have, as `images.tiling.tiles_each` does.
+    pixels: the encoder trains, so `views` stops short of it.
     Where MLX computes on a GPU, features come to it as their bytes on disk; a CPU does better to
     decode them in the thread that reads ahead.
     """
@@ -43,8 +44,10 @@ class Pictures:
         root: Path,
         cache: EmbeddingCache | None = None,
         limit: Callable[[int], int | None] = lambda among: None,
+        pixels: bool = False,
     ):
         self.encoder, self.root, self.cache, self.limit = encoder, root, cache, limit
+        self.pixels = pixels
         self.packed = mx.default_device() == mx.gpu
 
     def count_views(self, name: str, among: int = 1) -> int:
@@ -80,7 +83,10 @@ class Pictures:
         return self.encoder.look([origin], max_tiles=limit)[0]
 
     def views(self, found: Sequence[Picture | Features | PackedFeatures]) -> mx.array | None:
-        """[views, tokens, width] features of all pictures in order; runs the encoder if it must."""
+        """[views, tokens, width] features of all pictures in order; runs the encoder if it must.
+
+        Where it trains, [views, H, W, 3] normalised pixels.
+        """
         if not found:
             return None
         if isinstance(found[0], PackedFeatures):
@@ -89,7 +95,10 @@ class Pictures:
             features = [f for f in found if isinstance(f, Features)]
             return mx.array(np.concatenate([np.stack(f.views) for f in features]))
         assert self.encoder is not None
-        encoded = self.encoder.encode([p for p in found if isinstance(p, Picture)])
+        pictures = [p for p in found if isinstance(p, Picture)]
+        if self.pixels:
+            return self.encoder.pixels(pictures)
+        encoded = self.encoder.encode(pictures)
         return mx.stack([view for features in encoded for view in features.views])
 
 

@@ -116,6 +116,13 @@ def hidden_states(
     return out, seen
 
 
+@contextmanager
+def recomputed(blocks: list[Any]) -> Iterator[None]:
+    """For one call, these blocks keep nothing for the backward pass and are run again in it."""
+    with _wrapped(blocks, lambda index, block: _checkpointed(block)):
+        yield
+
+
 class _Layer:
     """Stands in for a block during one call: runs `call`, and is the block in all else."""
 

@@ -1,75 +1,122 @@
-"""Low-rank adapters on the language model, in mlx-lm's layers.
+"""Adapters on a language model or a vision tower, in mlx-lm's layers.
 
-y = W x + scale * B (A x)          Hu et al. 2021; A random, B zero, so training starts at the base
+    LoRA   y = W x + scale * B (A x)                         Hu et al. 2021
+    DoRA   y = m / |W + scale * B A| * (W + scale * B A) x   Liu et al. 2024, the norm of each row
+
+A is random, B zero and m the norms of W, so training starts at the base. rsLoRA (Kalajdzievski
+2023) is LoRA with scale = alpha / sqrt(rank) instead of alpha / rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..config import LoRAConfig
+from ..config import LoRAConfig, is_adapter
 from ..errors import ConfigError
 from .forward import blocks_of
 
+LINEAR = (nn.Linear, nn.QuantizedLinear)
+
 
 def add_lora(lm: nn.Module, config: LoRAConfig) -> None:
-    """Freezes the language model and puts adapters on its linear layers, in place.
+    """Freezes the language model and puts adapters on layers of its blocks, in place.
 
     Fills `config.keys` in, so that what is saved says what was adapted.
     """
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     layers = blocks_of(lm)
     if config.num_layers == 0 or config.num_layers < -1 or config.num_layers > len(layers):
         raise ConfigError(
             f"lora num_layers (={config.num_layers}) must be -1 (all) or 1 to {len(layers)}."
         )
-    keys = config.keys or linear_keys(lm)
-    known = {name for name, _ in layers[-1].named_modules()}
-    if unknown := [key for key in keys if key not in known]:
-        raise ConfigError(
-            f"lora keys {unknown} name no layer of a block; linear layers: "
-            f"{', '.join(linear_keys(lm))}."
-        )
     lm.freeze()
+    blocks = layers if config.num_layers == -1 else layers[-config.num_layers :]
+    _convert(lm, blocks, config.num_layers, config)
+
+
+def add_vision_lora(vision: Any, config: LoRAConfig) -> None:
+    """The same for a vision tower: on every block that its features come from."""
+    vision.freeze()
+    tower = nn.Module()
+    tower.layers = vision.encoder.layers[: vision.config.num_layers_used]
+    _convert(tower, tower.layers, -1, config)
+
+
+def _convert(module: nn.Module, blocks: list[Any], num_layers: int, config: LoRAConfig) -> None:
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    keys = linear_keys(blocks)
+    if config.keys is not None:
+        if unknown := [key for key in config.keys if not matching([key], blocks)]:
+            raise ConfigError(
+                f"lora keys {unknown} name no layer of a block; linear layers: {', '.join(keys)}."
+            )
+        keys = matching(config.keys, blocks)
+    if config.dora:
+        _check_dora(blocks, keys)
     parameters = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
-    linear_to_lora_layers(lm, config.num_layers, {**parameters, "keys": keys})
+    linear_to_lora_layers(module, num_layers, {**parameters, "keys": keys}, use_dora=config.dora)
     config.keys = keys
 
 
-def linear_keys(lm: nn.Module) -> list[str]:
-    """Names, within a block, of all its linear layers."""
-    linear = (nn.Linear, nn.QuantizedLinear)
-    return sorted(name for name, m in blocks_of(lm)[-1].named_modules() if isinstance(m, linear))
+def linear_keys(blocks: Sequence[nn.Module]) -> list[str]:
+    """Names, within a block, of all linear layers; blocks may differ."""
+    return sorted({name for b in blocks for name, m in b.named_modules() if isinstance(m, LINEAR)})
 
 
-def adapter_parameters(lm: nn.Module) -> dict[str, mx.array]:
+def matching(keys: Sequence[str], blocks: Sequence[nn.Module]) -> list[str]:
+    """Names, within a block, of the layers that `keys` name whole or by their ends."""
+    known = {
+        name: m for b in blocks for name, m in b.named_modules() if name and hasattr(m, "weight")
+    }
+    ends = tuple("." + key for key in keys)
+    return sorted(name for name in known if ("." + name).endswith(ends))
+
+
+def _check_dora(blocks: Sequence[nn.Module], keys: list[str]) -> None:
+    for block in blocks:
+        for name, m in block.named_modules():
+            if name in keys and not isinstance(m, LINEAR):
+                raise ConfigError(
+                    f"DoRA cannot adapt {name}, a {type(m).__name__}: leave it out of --lora-keys, "
+                    "or use plain LoRA."
+                )
+            # mlx-lm takes 32 // bits for the width.
+            if name in keys and isinstance(m, nn.QuantizedLinear) and 32 % m.bits:
+                raise ConfigError(
+                    f"DoRA cannot adapt {name}, which is quantised to {m.bits} bits: it takes 2, 4 "
+                    "and 8. Use plain LoRA, or another base."
+                )
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, mx.array]:
     """The adapters' own arrays, by mlx-lm's names."""
-    leaves: Any = tree_flatten(lm.parameters())
-    return {name: v for name, v in leaves if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b")}
+    leaves: Any = tree_flatten(module.parameters())
+    return {name: v for name, v in leaves if is_adapter(name)}
 
 
-def fuse(lm: nn.Module) -> None:
-    """Merges the adapters into their layers, in place: W + scale * (A B)ᵀ, rounded once.
+def fuse(module: nn.Module) -> None:
+    """Merges all adapters into their layers, in place, summed in float32 and rounded once.
 
     A quantised layer becomes an ordinary one: quantising the sum again would lose part of what was
     learnt.
     """
+    from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
     merged = [
-        (name, _merge(module))
-        for name, module in lm.named_modules()
-        if isinstance(module, LoRALinear)
+        (name, _merge(m))
+        for name, m in module.named_modules()
+        if isinstance(m, LoRALinear | DoRALinear)
     ]
     if not merged:
         raise ConfigError("there is no adapter to fuse: give --adapter-path.")
-    lm.update_modules(tree_unflatten(merged))
-    mx.eval(lm.parameters())
+    module.update_modules(tree_unflatten(merged))
+    mx.eval(module.parameters())
 
 
 def _merge(module: Any) -> nn.Linear:
@@ -91,9 +138,13 @@ def _merge(module: Any) -> nn.Linear:
             bits=linear.bits,
             mode=linear.mode,
         )
-    delta = module.scale * (module.lora_a @ module.lora_b).T
+    delta = module.scale * (module.lora_a.astype(mx.float32) @ module.lora_b.astype(mx.float32)).T
+    total = weight.astype(mx.float32) + delta
+    if "m" in module:
+        norms = mx.sqrt(mx.square(total).sum(axis=1))
+        total = (module.m.astype(mx.float32) / norms)[:, None] * total
     merged = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    merged.weight = (weight.astype(mx.float32) + delta.astype(mx.float32)).astype(dtype)
+    merged.weight = total.astype(dtype)
     if "bias" in linear:
         merged.bias = linear.bias
     return merged

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..cache import EmbeddingCache
-from ..config import LoRAConfig
+from ..config import LoRAConfig, is_adapter
 from ..data.buckets import Batch
 from ..data.feed import Feed, Pictures
 from ..data.samples import prepare
@@ -33,8 +33,8 @@ from ..data.sources import picture_root, read_rows
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..images.tiling import tiles_each
-from ..language.forward import check_head
-from ..language.lora import add_lora
+from ..language.forward import blocks_of, check_head
+from ..language.lora import add_lora, add_vision_lora, fuse, matching
 from ..model import VLM
 from ..vision.encoder import Encoder
 from ..weights.adapter import save_adapter
@@ -69,8 +69,9 @@ class Trainer:
             config.model, report=lambda found: self.report("download", {"what": str(found)})
         )
         self.vlm = load(self.model)
-        self.stored_dtype = dtype_of(self.vlm.language)
+        self.stored = {"lm": dtype_of(self.vlm.language), "vision": dtype_of(self.vlm.vision)}
         self.lora: LoRAConfig | None = None
+        self.vision_lora: LoRAConfig | None = None
         mx.random.seed(config.seed)
         self._freeze()
         self.cache = EmbeddingCache.open(config.cache) if config.cache else None
@@ -95,7 +96,7 @@ class Trainer:
         self.steps = config.iters or math.ceil(config.epochs * self.feed.batches_per_epoch / micro)
         self.identity = fingerprint(config) | {
             "steps": self.steps,
-            "model's tensors": _digest_model(self.vlm),
+            "model's tensors": _digest_model(self.vlm, config.trains_vision),
             "rows": self.feed.digest(),
         }
         self.optimizer = Optimizer(config, self.trainable())
@@ -109,19 +110,47 @@ class Trainer:
         if "projector" in parts:
             vlm.projector.unfreeze()
             vlm.projector.set_dtype(mx.float32)
-        if "lm" in parts:
-            if any(isinstance(m, nn.QuantizedLinear) for m in vlm.language.modules()):
+        for part, module in (("lm", vlm.language), ("vision", vlm.vision)):
+            if part not in parts:
+                continue
+            if any("scales" in m for m in module.modules()):
+                what = "language model" if part == "lm" else "vision tower"
                 raise ConfigError(
-                    "a quantised language model cannot be trained itself; train adapters on it "
-                    "with `mlxvlm lora`, or start from an unquantised one."
+                    f"a quantised {what} cannot be trained itself; train adapters on it with "
+                    f"--train lora:{part}, or start from an unquantised one."
                 )
-            vlm.language.unfreeze()
+            module.unfreeze()
             # float32 masters: a bf16 weight would swallow most updates at these learning rates.
-            vlm.language.set_dtype(mx.float32)
-        if "lora:lm" in parts:
-            self.lora = self.config.lora()
-            add_lora(vlm.language, self.lora)
+            module.set_dtype(mx.float32)
+        if "vision" in parts:
+            _freeze_unused(vlm.vision)
+        self._add_adapters()
         mx.eval(vlm.parameters())
+
+    def _add_adapters(self) -> None:
+        """On the language model, the tower or both; a key need be one of theirs only."""
+        vlm, parts = self.vlm, self.config.parts
+        blocks = {"lora:lm": blocks_of(vlm.language), "lora:vision": vlm.vision.encoder.layers}
+        wanted = {part: self.config.lora() for part in blocks if part in parts}
+        for part, config in wanted.items():
+            if config.keys is None:
+                continue
+            others = [blocks[other] for other in wanted if other != part]
+            elsewhere = {k for k in config.keys for o in others if matching([k], o)}
+            config.keys = [
+                k for k in config.keys if matching([k], blocks[part]) or k not in elsewhere
+            ]
+            if not config.keys:
+                raise ConfigError(
+                    f"--lora-keys (={self.config.lora_keys}) names no layer for {part}."
+                )
+        if (config := wanted.get("lora:lm")) is not None:
+            add_lora(vlm.language, config)
+            self.lora = config
+        if (config := wanted.get("lora:vision")) is not None:
+            config.num_layers = -1
+            add_vision_lora(vlm.vision, config)
+            self.vision_lora = config
 
     def trainable(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.vlm.trainable_parameters()))
@@ -132,7 +161,7 @@ class Trainer:
         if self.cache is None and not root.is_dir():
             raise UsageError(f"--images must name a folder, and {root} is none.")
         limit = partial(tiles_each, self.vlm.config.tiling)
-        pictures = Pictures(self.encoder, root, self.cache, limit)
+        pictures = Pictures(self.encoder, root, self.cache, limit, config.trains_vision)
         assert self.vlm.tokenizer is not None
         samples, skipped = prepare(
             read_rows(data),
@@ -148,9 +177,9 @@ class Trainer:
             raise DataError(f"{data}: {len(skipped)} rows cannot be used; {where}: {reason}")
         if not samples:
             raise DataError(f"{data} has no rows.")
-        if config.parts == ["projector"] and not any(sample.images for sample in samples):
+        if config.needs_pictures and not any(sample.images for sample in samples):
             raise DataError(
-                f"{data} has no row with a picture, and nothing else trains a projector."
+                f"{data} has no row with a picture, and nothing else trains {config.train}."
             )
         return Feed(
             samples,
@@ -297,14 +326,20 @@ class Trainer:
         self.report("checkpoint", {"step": self.step, "path": str(path)})
 
     def _save(self) -> None:
-        if self.lora is not None:
-            save_adapter(self.vlm, self.lora, self.out, "projector" in self.config.parts)
+        vlm, parts = self.vlm, self.config.parts
+        if "lm" in parts:
+            vlm.language.set_dtype(self.stored["lm"])
+        if "vision" in parts:
+            vlm.vision.set_dtype(self.stored["vision"])
+        if self.config.gives_adapters:
+            projector, tower = "projector" in parts, "vision" in parts
+            save_adapter(vlm, self.lora, self.out, projector, self.vision_lora, tower)
             return
         if self.encoder is None:
-            self.vlm.vision = load_encoder(self.model).vision
-        if "lm" in self.config.parts:
-            self.vlm.language.set_dtype(self.stored_dtype)
-        save(self.vlm, self.out)
+            vlm.vision = load_encoder(self.model).vision
+        if self.vision_lora is not None:
+            fuse(vlm.vision)
+        save(vlm, self.out)
 
 
 def _check_out(config: TrainConfig) -> Path:
@@ -320,15 +355,26 @@ def _check_out(config: TrainConfig) -> Path:
     return check_out(out)
 
 
-def _digest_model(vlm: VLM) -> str:
-    """Tells models apart at little cost: the names, shapes and first values of all tensors."""
+def _freeze_unused(vision: Any) -> None:
+    """Of a tower that trains, what its features do not come from: weight decay would wear it."""
+    for path, module in vision.named_modules():
+        for name, value in list(module.items()):
+            if isinstance(value, mx.array) and not vision.feeds_features(f"{path}.{name}"):
+                module.freeze(recurse=False, keys=[name])
+
+
+def _digest_model(vlm: VLM, vision: bool) -> str:
+    """Tells models apart at little cost: the names, shapes and first values of all tensors.
+
+    vision: the tower's too. A frozen one is absent where a cache stands in for it.
+    """
     found = hashlib.sha256()
     leaves: Any = tree_flatten(vlm.parameters())
     firsts = [(name, v.shape, v.reshape(-1)[:64].astype(mx.float32)) for name, v in leaves]
     mx.eval([values for *_, values in firsts])
     for name, shape, values in sorted(firsts, key=lambda one: one[0]):
-        # The encoder is absent where a cache stands in for it, and adapters start at random.
-        if not name.startswith("vision.") and not name.endswith((".lora_a", ".lora_b")):
+        # Adapters start at random.
+        if (vision or not name.startswith("vision.")) and not is_adapter(name):
             found.update(f"{name} {shape}".encode() + np.array(values).tobytes())
     return found.hexdigest()
 

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..data.buckets import Batch
-from ..language.forward import head, head_module, hidden_states
+from ..language.forward import head, head_module, hidden_states, recomputed
 from ..language.prefix import BranchCache, prefix_caches
 from ..model import VLM
 from .stages import AuxiliaryTarget
@@ -90,12 +90,15 @@ def batch_loss(
     The sum over tokens is differentiated, not their mean: in a float16 language model the gradients
     of a mean over thousands of tokens would underflow. `gradients` divides afterwards.
 
-    views: [views, tokens, width] features of the batch's pictures. totals: what each part is
+    views: [views, tokens, width] features of the batch's pictures, or [views, H, W, 3] normalised
+    pixels where the encoder trains. totals: what each part is
     divided by, over the whole step: "loss" supervised tokens, and each target's count. projected:
     the features have been through the projector already.
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
     visual = views
+    if views is not None and views.ndim == 4:
+        views = _see(vlm, views, grad_checkpoint)
     if views is not None:
         visual = views.reshape(-1, views.shape[-1]) if projected else vlm.project_views(views)
     hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
@@ -111,6 +114,15 @@ def batch_loss(
         parts[name] = named / totals[name]
         total = total + totals["loss"] * targets[name].weight * parts[name]
     return total, parts
+
+
+def _see(vlm: VLM, pixels: mx.array, grad_checkpoint: bool) -> mx.array:
+    """[views, tokens, width] features of [views, H, W, 3], as the encoder gives them."""
+    encoder = vlm.encoder
+    if not grad_checkpoint:
+        return encoder.run(pixels)
+    with recomputed(vlm.vision.encoder.layers):
+        return encoder.run(pixels)
 
 
 def gradients(

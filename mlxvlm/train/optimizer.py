@@ -28,16 +28,17 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with bias correction, as torch has it.
 
-    Groups: projector and language model, each with and without decay (vectors have none).
+    Groups: projector, language model and vision tower, each with and without decay: vectors (norms,
+    biases, DoRA's magnitudes) have none.
     """
 
     def __init__(self, config: TrainConfig, parameters: dict[str, mx.array]):
         if not parameters:
             raise ConfigError(f"--train (={config.train!r}) leaves nothing to train.")
         self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-        peaks = {"projector": config.projector_learning_rate or config.learning_rate}
+        peaks = {"projector": config.projector_learning_rate, "vision": config.vision_learning_rate}
         self.groups: list[tuple[float, optim.AdamW, list[str]]] = []
-        for part in ("projector", "language"):
+        for part in ("projector", "language", "vision"):
             for decayed in (True, False):
                 names = [
                     name
@@ -52,7 +53,7 @@ class Optimizer:
                         bias_correction=True,
                     )
                     adamw.init({name: parameters[name] for name in names})
-                    self.groups.append((peaks.get(part, config.learning_rate), adamw, names))
+                    self.groups.append((peaks.get(part) or config.learning_rate, adamw, names))
 
     def apply(
         self, gradients: dict[str, mx.array], parameters: dict[str, mx.array], share: float

@@ -3,11 +3,14 @@
 pretrain   projector                    align features with a frozen language model
 sft        projector, language model    teach it to talk about pictures
 lora       projector, adapters          the same on a laptop, and on a quantised base
+
+`--train` says anything else: projector, lm, vision, lora:lm, lora:vision.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +19,10 @@ from typing import Any
 from ..config import LoRAConfig, read_dataclass
 from ..errors import ConfigError, UsageError
 
-PARTS = ("projector", "lm", "lora:lm")
+PARTS = ("projector", "lm", "vision", "lora:lm", "lora:vision")
 SCHEDULES = ("cosine", "linear", "constant")
+# What --lora-keys calls every linear layer.
+ALL_LINEAR = "all-linear"
 
 # The least that a field may be.
 LEAST = {
@@ -36,6 +41,8 @@ LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "projector_learning_rate": 0,
+    "vision_learning_rate": 0,
+    "lora_alpha": 0,
 }
 
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
@@ -79,8 +86,9 @@ class TrainConfig:
     epochs: float = flag(1.0, "Passes over the data.")
     batch_size: int = flag(4, "Rows a micro-batch (pictures, with --share-prefix).")
     grad_accumulation_steps: int = flag(1, "Micro-batches a step.")
-    learning_rate: float = flag(1e-3, "Peak learning rate.")
+    learning_rate: float = flag(1e-3, "Peak learning rate; adapters have that of their part.")
     projector_learning_rate: float = flag(0.0, "The projector's own; 0 means --learning-rate.")
+    vision_learning_rate: float = flag(0.0, "The vision tower's own; 0 means --learning-rate.")
     schedule: str = flag("cosine", f"After warm-up: {', '.join(SCHEDULES)}.")
     warmup: float = flag(
         0.03, "Warm-up: a share of all steps below 1, a number of steps from 1 up."
@@ -104,18 +112,32 @@ class TrainConfig:
     resume: bool = flag(False, "Go on from the last checkpoint in --out.")
     strict: bool = flag(False, "Stop at the first row that cannot be used.")
     lora_rank: int = flag(LoRAConfig.rank, "Rank of the adapters.")
-    lora_scale: float = flag(LoRAConfig.scale, "Scale of the adapters (alpha / rank).")
+    lora_alpha: float = flag(
+        0.0, f"Adapters are scaled by alpha / rank; 0 means {LoRAConfig.scale:g} x rank."
+    )
     lora_dropout: float = flag(LoRAConfig.dropout, "Dropout before the adapters.")
-    lora_layers: int = flag(LoRAConfig.num_layers, "Blocks with adapters, from the last; -1: all.")
-    lora_keys: str = flag("", "Layers with adapters, comma-separated. Default: every linear one.")
+    lora_layers: int = flag(
+        LoRAConfig.num_layers, "The language model's blocks with adapters, from the last; -1: all."
+    )
+    lora_keys: str = flag(
+        ALL_LINEAR, "Layers with adapters, comma-separated, such as q_proj,v_proj."
+    )
+    rslora: bool = flag(False, "Scale adapters by alpha / sqrt(rank) instead.")
+    dora: bool = flag(False, "DoRA: adapters with a magnitude for each output.")
     targets: dict[str, AuxiliaryTarget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.parts:
             if name not in PARTS:
                 raise UsageError(f"--train names {name!r}; parts are {', '.join(PARTS)}.")
-        if {"lm", "lora:lm"} <= set(self.parts):
-            raise UsageError("--train names both lm and lora:lm; choose one.")
+        for part in ("lm", "vision"):
+            if {part, f"lora:{part}"} <= set(self.parts):
+                raise UsageError(f"--train names both {part} and lora:{part}; choose one.")
+        if self.cache and self.trains_vision:
+            raise UsageError(
+                f"--train {self.train} does not go with --cache: features are frozen, and whatever "
+                "trains the encoder refuses a cache. Leave one of them out."
+            )
         if self.schedule not in SCHEDULES:
             raise UsageError(f"--schedule (={self.schedule!r}) must be in {', '.join(SCHEDULES)}.")
         for name, least in LEAST.items():
@@ -124,9 +146,8 @@ class TrainConfig:
                 raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) {rule}.")
         if not self.iters and not self.epochs > 0:
             raise UsageError(f"--epochs (={self.epochs}) must be above 0 where --iters is 0.")
-        for name in ("learning_rate", "lora_scale"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) must be above 0.")
+        if not self.learning_rate > 0:
+            raise UsageError(f"--learning-rate (={self.learning_rate}) must be above 0.")
         for name in ("hold", "min_learning_rate", "lora_dropout", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) must be 0 to 1.")
@@ -137,11 +158,29 @@ class TrainConfig:
     def parts(self) -> list[str]:
         return [part.strip() for part in self.train.split(",") if part.strip()]
 
+    @property
+    def trains_vision(self) -> bool:
+        return bool({"vision", "lora:vision"} & set(self.parts))
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether rows without a picture would train nothing."""
+        return not {"lm", "lora:lm"} & set(self.parts)
+
+    @property
+    def gives_adapters(self) -> bool:
+        """Whether the result is a folder of adapters, and no model; a language model that was
+        itself trained is saved whole, with the vision tower's adapters merged."""
+        return "lora:lm" in self.parts or ("lora:vision" in self.parts and "lm" not in self.parts)
+
     def lora(self) -> LoRAConfig:
+        """Of the adapters that --train names, Hugging Face's alpha and rank as a scale."""
+        alpha = self.lora_alpha or LoRAConfig.scale * self.lora_rank
+        scale = alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
         keys = [key.strip() for key in self.lora_keys.split(",") if key.strip()]
-        return LoRAConfig(
-            self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_layers, keys or None
-        )
+        named = None if keys in ([], [ALL_LINEAR]) else keys
+        layers = self.lora_layers
+        return LoRAConfig(self.lora_rank, scale, self.lora_dropout, layers, named, self.dora)
 
 
 def stage_config(

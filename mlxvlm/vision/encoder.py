@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..config import TilingConfig, VisionConfig, pooled_tokens
+from ..config import TilingConfig, VisionConfig, is_adapter, pooled_tokens
 from ..errors import ConfigError, PictureError
 from ..images.picture import Features, Picture
 from .clip import ClipVision
@@ -94,7 +94,7 @@ class Encoder:
         for same in sizes.values():
             for at in range(0, len(same), most):
                 places = same[at : at + most]
-                features = self._run(self.normalise([views[i] for i in places]))
+                features = self.run(self.normalise([views[i] for i in places]))
                 tokens.update((i, features[row]) for row, i in enumerate(places))
         out, start = [], 0
         for picture in pictures:
@@ -154,15 +154,26 @@ class Encoder:
             identity[f"tiling.{name}"] = list(value) if isinstance(value, tuple) else value
         return identity
 
-    def _run(self, pixels: mx.array) -> mx.array:
+    def pixels(self, pictures: list[Picture]) -> mx.array:
+        """[views, H, W, 3] of all pictures in order, normalised, as `run` takes them."""
+        return self.normalise([np.asarray(view) for p in pictures for view in p.views])
+
+    def run(self, pixels: mx.array) -> mx.array:
+        """Tower and pooling alone: [views, H, W, 3] -> [views, tokens, width]; differentiable."""
         x = self.vision(pixels)
         return mean2(x, self.config.grid) if self.pool == "mean2" else x
 
     def _cast(self) -> None:
         # Weights may have been loaded after this encoder was made.
-        floats = [x for _, x in tensors_of(self.vision) if mx.issubdtype(x.dtype, mx.floating)]
-        if any(x.dtype != self.dtype for x in floats):
-            self.vision.set_dtype(self.dtype)
+        other = [
+            (name, x.astype(self.dtype))
+            for name, x in tensors_of(self.vision)
+            if mx.issubdtype(x.dtype, mx.floating)
+            and x.dtype != self.dtype
+            and not is_adapter(name)  # those are masters in float32
+        ]
+        if other:
+            self.vision.load_weights(other, strict=False)
 
     def _sha256(self) -> str:
         """Over name, shape, dtype and bytes of the tensors that feed the features, by name."""

@@ -112,8 +112,11 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_base_adapter_and_fusion(siglip: Path, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dora"),
+    [(name, dora) for name in CASES for dora in (False, True) if name != "mixed" or not dora],
+)
+def test_base_adapter_and_fusion(siglip: Path, name: str, dora: bool, tmp_path: Path) -> None:
     base = llama(tmp_path, *CASES[name])
     save(join(siglip, base, seed=1), tmp_path / "vlm")
     vlm = mlxvlm.load(tmp_path / "vlm")
@@ -126,11 +129,13 @@ def test_base_adapter_and_fusion(siglip: Path, name: str, tmp_path: Path) -> Non
     before = array(vlm(ids))
     assert np.array_equal(before, array(theirs(mx.array(ids))))
 
-    config = LoRAConfig(rank=4)
+    config = LoRAConfig(rank=4, dora=dora)
     add_lora(vlm.language, config)
     for _, module in vlm.language.named_modules():
         if "lora_b" in module:
             module.lora_b = 0.02 * mx.random.normal(module.lora_b.shape)
+        if "m" in module:
+            module.m = module.m * (1 + 0.05 * mx.random.normal(module.m.shape))
     save_adapter(vlm, config, tmp_path / "adapter")
     adapted = mlxvlm.load(tmp_path / "vlm", adapter=tmp_path / "adapter")
     theirs = mlx_lm.load(str(base), adapter_path=str(tmp_path / "adapter"))[0]
