@@ -267,7 +267,7 @@ def test_each_part_has_its_rate(place, tmp_path):
     parts = "projector,lora:lm,lora:vision"
     flags = {"learning_rate": 1e-3, "projector_learning_rate": 1e-4, "vision_learning_rate": 1e-5}
     trainer = train(place, "sft", tmp_path, train=parts, iters=1, lora_rank=2, **flags)
-    rates = {names[0].split(".")[0]: peak for peak, _, names in trainer.optimizer.groups}
+    rates = {group.names[0].split(".")[0]: group.peak for group in trainer.optimizer.groups}
     assert rates == {"projector": 1e-4, "language": 1e-3, "vision": 1e-5}
 
 

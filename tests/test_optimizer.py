@@ -1,13 +1,13 @@
-"""AdamW in groups, the schedule as a table, and a state that survives a checkpoint bit for bit."""
+"""Every rule in groups, the schedule as a table, and a state that survives a checkpoint exactly."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxvlm.errors import WeightsError
+from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.train import checkpoint
 from mlxvlm.train.optimizer import Optimizer, clip, learning_rate
-from mlxvlm.train.stages import TrainConfig, fingerprint
+from mlxvlm.train.stages import OPTIMIZERS, TrainConfig, fingerprint
 
 RATES = [
     # (config, step of 100, share of the peak)
@@ -83,8 +83,62 @@ def test_clip_is_by_global_norm():
     assert clip(grads, 10.0)[0]["a"][0].item() == 3.0
 
 
-def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
-    config = TrainConfig(train="projector,lm", out=str(tmp_path))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_is_adamws_and_spares_vectors(name):
+    """Without a gradient's say: what two runs that differ in decay alone differ by."""
+    if name == "adam":
+        with pytest.raises(UsageError, match="adamw is Adam with it"):
+            TrainConfig(optimizer=name, weight_decay=0.5)
+        return
+    before, after = parameters(), []
+    for decay in (0.0, 0.5):
+        fields = {"learning_rate": 0.1, "weight_decay": decay, "optimizer": name}
+        optimizer = Optimizer(TrainConfig(train="projector,lm", **fields), before)
+        after.append(optimizer.apply(gradients(1), before, 1.0))
+    plain, decayed = after
+    for key, value in before.items():
+        lost = 0.05 * value if value.ndim > 1 else mx.zeros_like(value)
+        assert mx.allclose(plain[key] - decayed[key], lost, atol=1e-5).item(), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_rule_goes_down(name):
+    """|x - y|^2 over a matrix and a vector, from far away."""
+    wanted = {k: v + 1 for k, v in parameters().items()}
+    now = parameters()
+    rate = {"adagrad": 0.3, "sgd": 0.02}.get(name, 0.05)
+    optimizer = Optimizer(
+        TrainConfig(train="projector,lm", learning_rate=rate, optimizer=name), now
+    )
+    first = sum(mx.square(now[k] - wanted[k]).sum().item() for k in now)
+    for _ in range(100):
+        now = optimizer.apply({k: 2 * (now[k] - wanted[k]) for k in now}, now, 1.0)
+    assert sum(mx.square(now[k] - wanted[k]).sum().item() for k in now) < 0.2 * first
+
+
+def test_muon_takes_matrices_with_steps_as_large_as_adamws():
+    now = parameters() | {"language.model.embed_tokens.weight": mx.ones((8, 4))}
+    now["language.mlp.weight"] = mx.random.normal((64, 32))
+    grads = {k: mx.random.normal(v.shape, key=mx.random.key(len(k))) for k, v in now.items()}
+    config = TrainConfig(train="projector,lm", learning_rate=0.1, optimizer="muon")
+    optimizer = Optimizer(config, now)
+    kinds = {name: type(g.rule).__name__ for g in optimizer.groups for name in g.names}
+    assert {name for name, kind in kinds.items() if kind == "Muon"} == {
+        "projector.out_proj.weight",
+        "language.mlp.weight",
+    }
+    step = (
+        optimizer.apply(grads, now, 1.0)["language.mlp.weight"] - now["language.mlp.weight"]
+    ) / 0.1
+    assert mx.sqrt(mx.square(step).mean()).item() == pytest.approx(0.2, rel=0.2)
+    # 32 columns, orthogonal: all singular values are alike.
+    values = np.linalg.svd(np.array(step), compute_uv=False)
+    assert values.max() < 2 * values.min()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_checkpoint_restores_everything_bit_for_bit(tmp_path, name):
+    config = TrainConfig(train="projector,lm", out=str(tmp_path), optimizer=name)
     now = parameters()
     optimizer = Optimizer(config, now)
     now = optimizer.apply(gradients(1), now, 1.0)

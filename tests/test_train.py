@@ -400,3 +400,19 @@ def test_recipes_say_what_is_wrong_with_them(tmp_path):
         recipe.write_text(text + "\n")
         with pytest.raises(ConfigError, match=says):
             stage_config("pretrain", {"model": "m", "data": "d", "out": "o"}, recipe)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "lion"])
+def test_other_optimizers_resume_bit_for_bit(place, tmp_path, optimizer):
+    flags = {"iters": 6, "save_every": 3, "optimizer": optimizer, "weight_decay": 0.1}
+    whole = train(place, "sft", tmp_path / "whole", **flags)
+
+    def stop(kind, values):
+        if kind == "checkpoint":
+            raise RuntimeError("pulled the plug")
+
+    config = stage_config("sft", _flags(place, tmp_path / "cut") | flags)
+    with pytest.raises(RuntimeError, match="plug"):
+        Trainer(config, stop).run()
+    resumed = train(place, "sft", tmp_path / "cut", **flags, resume=True)
+    assert same(whole.vlm, resumed.vlm)

@@ -20,6 +20,17 @@ from ..config import LoRAConfig, read_dataclass
 from ..errors import ConfigError, UsageError
 
 PARTS = ("projector", "lm", "vision", "lora:lm", "lora:vision")
+OPTIMIZERS = (
+    "adamw",
+    "adam",
+    "adafactor",
+    "sgd",
+    "lion",
+    "muon",
+    "adamax",
+    "rmsprop",
+    "adagrad",
+)
 SCHEDULES = ("cosine", "linear", "constant")
 # What --lora-keys calls every linear layer.
 ALL_LINEAR = "all-linear"
@@ -95,8 +106,9 @@ class TrainConfig:
     )
     hold: float = flag(0.0, "Share of all steps at the peak before the schedule falls.")
     min_learning_rate: float = flag(0.0, "Where the schedule ends, as a share of the peak.")
-    weight_decay: float = flag(0.0, "AdamW's decay; norms and biases have none.")
-    adam_beta2: float = flag(0.999, "AdamW's second beta.")
+    optimizer: str = flag("adamw", f"One of {', '.join(OPTIMIZERS)}.")
+    weight_decay: float = flag(0.0, "Decay, as AdamW has it; norms and biases have none.")
+    adam_beta2: float = flag(0.999, "Second beta of adamw and adam.")
     max_grad_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 means never.")
     max_seq_length: int = flag(2048, "Rows with more tokens are left out, with the reason.")
     length_multiple: int = flag(32, "Rows are padded to a multiple of this.")
@@ -140,6 +152,12 @@ class TrainConfig:
             )
         if self.schedule not in SCHEDULES:
             raise UsageError(f"--schedule (={self.schedule!r}) must be in {', '.join(SCHEDULES)}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(
+                f"--optimizer (={self.optimizer!r}) must be in {', '.join(OPTIMIZERS)}."
+            )
+        if self.optimizer == "adam" and self.weight_decay:
+            raise UsageError("--optimizer adam has no --weight-decay; adamw is Adam with it.")
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:
                 rule = f"must be at least {least}"
