@@ -56,27 +56,30 @@ def target(position: int, *words: int) -> Target:
     return Target(position, np.array(words, np.int32), share)
 
 
-def step(vlm, samples, share_prefix, batch_size, grad_checkpoint=False, targets=TARGETS):
+def step(
+    vlm, samples, share_prefix, batch_size, grad_checkpoint=False, targets=TARGETS, loss="token"
+):
     """Loss and gradients of one step over all samples."""
     pictures = {str(n): vlm.look([picture(n)])[0] for n in range(3)}
     groups = group(samples, share_prefix)
-    batches = [collate([groups[i] for i in one], 8) for one in epoch(groups, batch_size, 8, 0, 0)]
+    order = epoch(groups, batch_size, 8, 0, 0)
+    batches = [collate([groups[i] for i in one], 8, loss) for one in order]
     totals = count(batches)
     vlm.vision.freeze()
     gradient = nn.value_and_grad(vlm, batch_loss)
     parameters = vlm.trainable_parameters()
-    loss, gradients = 0.0, {}
+    total, gradients = 0.0, {}
     for batch in batches:
         views = mx.stack([f.views[0] for f in vlm.features([pictures[n] for n in batch.images])])
         flat, parts = losses.gradients(
             gradient, vlm, batch, views, targets, totals, grad_checkpoint
         )
         weights = {"loss": 1.0} | {name: targets[name].weight for name in targets}
-        loss += sum(weights[name] * part.item() for name, part in parts.items())
+        total += sum(weights[name] * part.item() for name, part in parts.items())
         for name, value in flat.items():
             gradients[name] = gradients.get(name, 0) + value
     vlm.update(parameters)
-    return loss, gradients
+    return total, gradients
 
 
 def decoder(name: str):
@@ -132,18 +135,25 @@ def test_a_decoder_inside_another_is_found():
     assert step(outer, samples, 3, 2)[0] == pytest.approx(step(vlm, samples, 0, 1)[0], rel=1e-5)
 
 
-def test_loss_is_mean_over_supervised_tokens():
-    """Against the plain formula on full logits: rows with more answer weigh more."""
+POWERS = {"token": 0.0, "sample": 1.0, "square": 0.5}
+
+
+@pytest.mark.parametrize("kind", POWERS)
+@pytest.mark.parametrize(("share_prefix", "batch_size"), [(0, 1), (0, 4), (0, 9), (3, 2)])
+def test_loss_weighs_tokens_rows_or_between(kind, share_prefix, batch_size):
+    """Against InternVL 2.5's formula on full logits, however the step is cut into micro-batches:
+    sum of w CE / sum of w, w = 1, 1 / n or 1 / sqrt(n) of a row's n supervised tokens."""
     vlm, samples = tiny_vlm(), make_samples()
-    loss, _ = step(vlm, samples, 0, 4, targets={})
-    total, tokens = 0.0, 0
+    loss, _ = step(vlm, samples, share_prefix, batch_size, targets={}, loss=kind)
+    total, weight = 0.0, 0.0
     for sample in samples:
         images = vlm.look([picture(int(sample.images[0]))])
         logits = vlm(sample.tokens[None], images)[0, :-1]
         each = nn.losses.cross_entropy(logits, mx.array(sample.tokens[1:]))
-        total += (each * mx.array(sample.supervised[1:])).sum().item()
-        tokens += sample.supervised[1:].sum()
-    assert loss == pytest.approx(total / tokens, rel=1e-5)
+        count = sample.supervised[1:].sum()
+        total += (each * mx.array(sample.supervised[1:])).sum().item() / count ** POWERS[kind]
+        weight += count ** (1 - POWERS[kind])
+    assert loss == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_float16_gradients_survive_many_supervised_tokens():

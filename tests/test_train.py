@@ -416,3 +416,23 @@ def test_other_optimizers_resume_bit_for_bit(place, tmp_path, optimizer):
         Trainer(config, stop).run()
     resumed = train(place, "sft", tmp_path / "cut", **flags, resume=True)
     assert same(whole.vlm, resumed.vlm)
+
+
+@pytest.mark.parametrize("loss", ["token", "sample", "square"])
+def test_accumulation_equals_one_large_batch(place, tmp_path, loss):
+    """4 x 2 is 8, with answers of 1 to 40 tokens: a mean of two means would weigh them wrongly."""
+    rows = [
+        {"image": f"{number % 4}.png", "text": "red " * (1 + 9 * (number % 2) * (number > 3))}
+        for number in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"data": str(tmp_path / "rows.jsonl"), "iters": 3, "loss": loss, "warmup": 0}
+    flags |= {"learning_rate": 0.1, "optimizer": "sgd", "length_multiple": 64}
+    whole = train(place, "sft", tmp_path / "8", **flags, batch_size=8)
+    parts = train(place, "sft", tmp_path / "4x2", **flags, batch_size=4, grad_accumulation_steps=2)
+    np.testing.assert_allclose(losses(tmp_path / "4x2"), losses(tmp_path / "8"), rtol=1e-5)
+    ours, theirs = weights(parts.vlm), weights(whole.vlm)
+    for name, value in theirs.items():
+        assert mx.allclose(ours[name], value, atol=1e-5).item(), name
+    line = json.loads((tmp_path / "8" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["supervised_tokens"] == sum(len(row["text"].strip()) + 1 for row in rows)

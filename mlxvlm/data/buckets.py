@@ -14,6 +14,7 @@ followed by the flattened tokens.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class TargetBatch:
 
 @dataclass
 class Batch:
-    """One micro-batch. labels [S] follow the positions in `predict` [S]; weights [S] are 1 or 0."""
+    """One micro-batch. labels [S] follow the positions in `predict` [S]; weights [S] are
+    `label_weight` of their rows, 0 for padding."""
 
     prefix: np.ndarray | None
     tokens: np.ndarray
@@ -52,7 +54,12 @@ class Batch:
 
     @property
     def supervised_tokens(self) -> int:
-        return int(self.weights.sum())
+        return int(np.count_nonzero(self.weights))
+
+    @property
+    def total_weight(self) -> float:
+        """What this micro-batch adds to what its step's loss is divided by."""
+        return float(self.weights.sum(dtype=np.float64))
 
 
 @dataclass
@@ -113,7 +120,16 @@ def epoch(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(groups: Sequence[Group], length_multiple: int) -> Batch:
+def label_weight(count: int, loss: str) -> float:
+    """Weight of each of a row's `count` supervised tokens, as InternVL 2.5 has it.
+
+    loss: "token" 1, so that long answers weigh more; "sample" 1 / count, every row alike; "square"
+    1 / sqrt(count), between the two.
+    """
+    return {"token": 1.0, "sample": 1 / max(1, count), "square": 1 / math.sqrt(max(1, count))}[loss]
+
+
+def collate(groups: Sequence[Group], length_multiple: int, loss: str = "token") -> Batch:
     """One batch of groups that agree in prefix length."""
     P = groups[0].prefix
     R = max(len(g.rows) for g in groups)
@@ -124,6 +140,7 @@ def collate(groups: Sequence[Group], length_multiple: int) -> Batch:
     tokens = np.zeros((len(groups) * R, L), dtype=np.int32)
     predict: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
     found: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = defaultdict(list)
     for i, g in enumerate(groups):
         for j, row in enumerate(g.rows):
@@ -139,19 +156,18 @@ def collate(groups: Sequence[Group], length_multiple: int) -> Batch:
             where = np.flatnonzero(row.supervised[1:])
             predict.append(np.array([place(int(p)) for p in where], dtype=np.int32))
             labels.append(whole[where + 1].astype(np.int32))
+            weights.append(np.full(len(where), label_weight(len(where), loss), np.float32))
             for name, targets in row.targets.items():
                 found[name] += [(place(t.position), t.words, t.masses) for t in targets]
     flat, marks = np.concatenate(predict), np.concatenate(labels)
     size = -(-len(flat) // PREDICT_MULTIPLE) * PREDICT_MULTIPLE
-    weights = np.zeros(size, dtype=np.float32)
-    weights[: len(flat)] = 1
     return Batch(
         prefix=prefix,
         tokens=tokens,
         images=[name for g in groups for name in g.rows[0].images],
         predict=np.pad(flat, (0, size - len(flat))),
         labels=np.pad(marks, (0, size - len(marks))),
-        weights=weights,
+        weights=np.pad(np.concatenate(weights), (0, size - len(flat))),
         targets={name: _stack(entries) for name, entries in found.items()},
         num_tokens=sum(r.length - P for g in groups for r in g.rows) + P * len(groups),
         rows=sum(len(g.rows) for g in groups),

@@ -106,7 +106,8 @@ class Pictures:
 class Feed:
     """Endless micro-batches in an order that only `seed` and the rows decide.
 
-    strict: a picture that fails ends the run, instead of costing its own rows.
+    strict: a picture that fails ends the run, instead of costing its own rows. loss: how labels are
+    weighed, as in `label_weight`.
     """
 
     samples: Sequence[Sample]
@@ -116,6 +117,7 @@ class Feed:
     share_prefix: int = 0
     seed: int = 0
     strict: bool = False
+    loss: str = "token"
     failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,7 +157,7 @@ class Feed:
                 continue
             kept.append(one)
             found += pictures
-        return (collate(kept, self.length_multiple) if kept else None), found
+        return (collate(kept, self.length_multiple, self.loss) if kept else None), found
 
     def read(
         self, start: int = 0, ahead: int = 2

@@ -90,8 +90,8 @@ class Trainer:
             self.encoder = None
             del self.vlm.vision
             mx.clear_cache()
-        self.feed = self._feed(config.data)
-        self.val = self._feed(config.val_data) if config.val_data else None
+        self.feed = self._feed(config.data, config.loss)
+        self.val = self._feed(config.val_data, "token") if config.val_data else None
         micro = config.grad_accumulation_steps
         self.steps = config.iters or math.ceil(config.epochs * self.feed.batches_per_epoch / micro)
         self.identity = fingerprint(config) | {
@@ -155,7 +155,7 @@ class Trainer:
     def trainable(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.vlm.trainable_parameters()))
 
-    def _feed(self, data: str) -> Feed:
+    def _feed(self, data: str, loss: str) -> Feed:
         config = self.config
         root = picture_root(data, config.images)
         if self.cache is None and not root.is_dir():
@@ -189,6 +189,7 @@ class Trainer:
             config.share_prefix,
             config.seed,
             config.strict,
+            loss,
         )
 
     def run(self) -> dict[str, Any]:
@@ -293,7 +294,7 @@ class Trainer:
         line |= {k if k == "loss" else f"{k}_loss": v.item() for k, v in parts.items() if good}
         return line | {
             "tokens": tokens,
-            "supervised_tokens": int(totals["loss"]),
+            "supervised_tokens": sum(batch.supervised_tokens for batch, _ in batches),
             "rows": sum(batch.rows for batch, _ in batches),
             "lr": share * config.learning_rate,
             "grad_norm": norm.item() if good else None,
@@ -302,9 +303,10 @@ class Trainer:
         }
 
     def evaluate(self, feed: Feed) -> float:
-        """Loss per supervised token over all rows of `feed`: no auxiliary targets, no dropout."""
+        """Loss per supervised token over all rows of `feed`: no auxiliary targets, no dropout, and
+        the same under every --loss."""
         self.vlm.eval()
-        loss, tokens = 0.0, 0
+        loss, weight = 0.0, 0.0
         for batch, found in feed.once():
             if batch is None:
                 continue
@@ -313,10 +315,10 @@ class Trainer:
                 self.vlm, batch, views, {}, {"loss": 1.0}, projected=self.projected
             )
             loss += float(total.item())  # type: ignore[arg-type]
-            tokens += batch.supervised_tokens
+            weight += batch.total_weight
         self.vlm.train()
         mx.clear_cache()  # of buffers in shapes that training does not have
-        return loss / max(1, tokens)
+        return loss / (weight or 1.0)
 
     def _checkpoint(self) -> None:
         config = self.config

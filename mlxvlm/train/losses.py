@@ -1,6 +1,6 @@
 """What a step minimises: cross-entropy at supervised positions, plus auxiliary targets.
 
-    loss = sum of -log p(label) over supervised tokens / their number in the whole step
+    loss = sum of weight * -log p(label) over supervised tokens / sum of weight, over the whole step
          + for each auxiliary target:  weight * mean of -sum of mass * log p(word)
 
 Logits exist at supervised positions only: with a vocabulary of 128,256 and 60 answers of 1,024
@@ -92,7 +92,7 @@ def batch_loss(
 
     views: [views, tokens, width] features of the batch's pictures, or [views, H, W, 3] normalised
     pixels where the encoder trains. totals: what each part is
-    divided by, over the whole step: "loss" supervised tokens, and each target's count. projected:
+    divided by, over the whole step: "loss" the labels' weights, and each target's count. projected:
     the features have been through the projector already.
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
@@ -140,7 +140,7 @@ def gradients(
 
 def count(batches: list[Batch]) -> dict[str, float]:
     """`totals` of a step: what its parts are divided by."""
-    totals: dict[str, float] = {"loss": float(sum(b.supervised_tokens for b in batches))}
+    totals: dict[str, float] = {"loss": sum(b.total_weight for b in batches)}
     for batch in batches:
         for name, wanted in batch.targets.items():
             here = float(np.count_nonzero(wanted.masses.sum(axis=1)))

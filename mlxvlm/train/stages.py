@@ -32,6 +32,7 @@ OPTIMIZERS = (
     "adagrad",
 )
 SCHEDULES = ("cosine", "linear", "constant")
+LOSSES = ("token", "sample", "square")
 # What --lora-keys calls every linear layer.
 ALL_LINEAR = "all-linear"
 
@@ -106,6 +107,9 @@ class TrainConfig:
     )
     hold: float = flag(0.0, "Share of all steps at the peak before the schedule falls.")
     min_learning_rate: float = flag(0.0, "Where the schedule ends, as a share of the peak.")
+    loss: str = flag(
+        "token", "What weighs alike: token, sample (a row), or square (between), as InternVL 2.5."
+    )
     optimizer: str = flag("adamw", f"One of {', '.join(OPTIMIZERS)}.")
     weight_decay: float = flag(0.0, "Decay, as AdamW has it; norms and biases have none.")
     adam_beta2: float = flag(0.999, "Second beta of adamw and adam.")
@@ -152,6 +156,8 @@ class TrainConfig:
             )
         if self.schedule not in SCHEDULES:
             raise UsageError(f"--schedule (={self.schedule!r}) must be in {', '.join(SCHEDULES)}.")
+        if self.loss not in LOSSES:
+            raise UsageError(f"--loss (={self.loss!r}) must be in {', '.join(LOSSES)}.")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(
                 f"--optimizer (={self.optimizer!r}) must be in {', '.join(OPTIMIZERS)}."
