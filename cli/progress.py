@@ -15,6 +15,8 @@ class Progress:
         elif kind == "data":
             say(f"{values['data']}: {values['rows']:,} rows")
             list_skipped(values["skipped"])
+            if values["batching"]:
+                say(_batching(**values["batching"]))
         elif kind == "step":
             seconds = max(values["seconds"], 1e-9)
             rate, learnt = values["tokens"] / seconds, values["supervised_tokens"] / seconds
@@ -36,6 +38,24 @@ class Progress:
             say(f"step {values['step']:,}  saved {values['path']}")
         elif kind == "done" and values["failed_pictures"]:
             list_skipped(values["failed_pictures"])
+
+
+def _batching(
+    kind: str,
+    padding: float,
+    buckets_padding: float,
+    lines: int,
+    length: int,
+    rows: float,
+    why: str,
+) -> str:
+    """How rows meet, in a line."""
+    if kind == "buckets":
+        return f"  in buckets of like length: {padding:.1%} padding{why and '; ' + why}"
+    return (
+        f"  packed: {lines:,} line{'s' if lines > 1 else ''} of {length:,} tokens a micro-batch, "
+        f"{rows:.1f} rows on average, {padding:.1%} padding (buckets: {buckets_padding:.1%})"
+    )
 
 
 def list_skipped(skipped: list[tuple[str, str]], most: int = 5) -> None:

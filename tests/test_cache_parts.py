@@ -16,6 +16,7 @@ from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.format import plan_of
 from mlxvlm.cache.parts import Part
 from mlxvlm.cache.writer import write_cache
+from mlxvlm.data.batching import Batching
 from mlxvlm.data.feed import Feed, Pictures
 from mlxvlm.data.records import parse_record
 from mlxvlm.data.samples import prepare
@@ -169,7 +170,7 @@ def test_one_picture_in_rows_of_one_and_of_three_trains(tmp_path):
             records, vlm.tokenizer, vlm.config, source.count_views, max_seq_length=4096
         )
         assert skipped == []
-        feed = Feed(samples, source, batch_size=1)
+        feed = Feed(samples, source, Batching(1))
         views = []
         step = nn.value_and_grad(vlm, batch_loss)
         for batch, found in feed.once():

@@ -7,10 +7,14 @@ import pytest
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
 from mlxvlm.config import LoRAConfig
-from mlxvlm.data.buckets import collate, epoch, group
+from mlxvlm.data.batching import Batching
+from mlxvlm.data.buckets import collate, group
+from mlxvlm.data.feed import Feed
+from mlxvlm.data.packing import collate_lines
 from mlxvlm.data.samples import Sample, Target
 from mlxvlm.language.forward import check_head
 from mlxvlm.language.lora import add_lora
+from mlxvlm.language.packed import longest_pack
 from mlxvlm.model import VLM
 from mlxvlm.train import losses
 from mlxvlm.train.losses import batch_loss, count
@@ -57,13 +61,22 @@ def target(position: int, *words: int) -> Target:
 
 
 def step(
-    vlm, samples, share_prefix, batch_size, grad_checkpoint=False, targets=TARGETS, loss="token"
+    vlm,
+    samples,
+    share_prefix,
+    batch_size,
+    grad_checkpoint=False,
+    targets=TARGETS,
+    pack_length=0,
+    loss="token",
 ):
     """Loss and gradients of one step over all samples."""
     pictures = {str(n): vlm.look([picture(n)])[0] for n in range(3)}
-    groups = group(samples, share_prefix)
-    order = epoch(groups, batch_size, 8, 0, 0)
-    batches = [collate([groups[i] for i in one], 8, loss) for one in order]
+    kind = "pack" if pack_length else "buckets"
+    batching = Batching(batch_size, kind, 8, pack_length, tokens_per_view=VISUAL)
+    feed = Feed(samples, Names(), batching, share_prefix, loss=loss)
+    batches = [batch for batch, _ in feed.once()]
+    assert all((batch.segments is not None) == bool(pack_length) for batch in batches)
     totals = count(batches)
     vlm.vision.freeze()
     gradient = nn.value_and_grad(vlm, batch_loss)
@@ -82,6 +95,13 @@ def step(
     return total, gradients
 
 
+class Names:
+    """Stands in for a source of pictures: `step` looks at its own."""
+
+    def get(self, name: str, among: int) -> str:
+        return name
+
+
 def decoder(name: str):
     config = tiny_config()
     config.language |= DECODERS[name]
@@ -95,13 +115,112 @@ def decoder(name: str):
 )
 def test_batches_equal_one_by_one(name, share_prefix, batch_size, grad_checkpoint):
     vlm, samples = decoder(name), make_samples()
-    loss, gradients = step(vlm, samples, 0, 1)
-    other, others = step(vlm, samples, share_prefix, batch_size, grad_checkpoint)
+    alone = step(vlm, samples, 0, 1)
+    agree(step(vlm, samples, share_prefix, batch_size, grad_checkpoint), alone)
+
+
+def agree(found, wanted) -> None:
+    """Loss and gradients are the same, to 1e-5 of the largest of each array. Some are nothing but
+    rounding (a key's bias moves all scores alike), so none counts as smaller than 1e-2."""
+    (other, others), (loss, gradients) = found, wanted
     assert other == pytest.approx(loss, rel=1e-5)
     assert others.keys() == gradients.keys()
     for key, value in gradients.items():
-        scale = mx.abs(value).max().item() + 1e-3
-        assert mx.abs(others[key] - value).max().item() < 1e-4 * scale, key
+        scale = max(mx.abs(value).max().item(), 1e-2)
+        off = mx.abs(others[key] - value).max().item()
+        assert off < 1e-5 * scale, (key, off / scale)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("pack_length", "packs", "grad_checkpoint"), [(100, 1, False), (128, 2, True), (300, 4, False)]
+)
+def test_packs_equal_one_by_one(name, pack_length, packs, grad_checkpoint):
+    """Full training, with both auxiliary targets, and pictures in the middle of a line."""
+    vlm, samples = decoder(name), make_samples()
+    alone = step(vlm, samples, 0, 1)
+    agree(step(vlm, samples, 0, packs, grad_checkpoint, pack_length=pack_length), alone)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packs_equal_one_by_one_through_adapters(name):
+    vlm, samples = decoder(name), make_samples()
+    vlm.language.freeze()
+    add_lora(vlm.language, LoRAConfig(rank=4, dropout=0.0))
+    for module in vlm.language.modules():
+        if "lora_b" in module:
+            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
+    alone = step(vlm, samples, 0, 1)
+    assert any("lora_a" in name for name in alone[1])
+    assert any(name.startswith("projector.") for name in alone[1])
+    for grad_checkpoint in (False, True):
+        agree(step(vlm, samples, 0, 2, grad_checkpoint, pack_length=128), alone)
+    agree(step(vlm, samples, 0, 4), alone)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_rows_of_a_pack_do_not_see_each_other(name):
+    """Bit for bit: a token moves no logit before it, and none of another row."""
+    vlm, rows = decoder(name), make_samples(3, 1)
+    ends = np.cumsum([0] + [row.length for row in rows])
+    views = mx.stack([vlm.features(vlm.look([picture(0)]))[0].views[0]] * 3)
+    visual = vlm.project_views(views)
+
+    def logits(changed: dict[int, int]) -> mx.array:
+        batch = collate_lines([rows], 128)
+        for place, token in changed.items():
+            batch.tokens[0, place] = token
+        hidden, _ = losses.hidden_of(vlm, batch, visual, (), False)
+        return losses.head(vlm.language, hidden)
+
+    before = logits({})
+    for row in range(3):
+        for place in (ends[row], ends[row] + VISUAL + 3, ends[row + 1] - 1):
+            after = logits({int(place): 201})
+            moved = np.flatnonzero(np.array(mx.any(before != after, axis=-1)))
+            assert moved[0] == place and moved[-1] < ends[row + 1], (row, place)
+            if place < ends[row + 1] - 1 and "sliding" not in name and name != "gemma3":
+                assert moved[-1] == ends[row + 1] - 1
+    pad = logits({127: 201})
+    assert mx.array_equal(before[: ends[3]], pad[: ends[3]]).item()
+
+
+@pytest.mark.parametrize("rope", [None, "llama3", "linear", "yarn"])
+def test_positions_that_run_on_equal_positions_that_start_again(rope):
+    config = tiny_config()
+    config.language["max_position_embeddings"] = 2048
+    if rope:
+        config.language["rope_scaling"] = {
+            "rope_type": rope,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+        }
+    vlm = tiny_vlm(config)
+    row = make_samples(1, 1)[0]
+    filler = Sample(np.full(2000, 7, np.int32), np.ones(2000, bool), [])
+    batch = collate_lines([[filler, row]], 2048)
+    visual = vlm.project_views(vlm.features(vlm.look([picture(0)]))[0].array[:1])
+    hidden, _ = losses.hidden_of(vlm, batch, visual, (), False)
+    alone, _ = losses.hidden_of(vlm, collate(group([row], 0), 1), visual, (), False)
+    far = hidden[2000 : 2000 + row.length]
+    assert mx.abs(far - alone).max().item() < 2e-6 * 2000**0.5 * mx.abs(alone).max().item()
+    assert longest_pack(vlm.language) == 2048
+
+
+REFUSED = {
+    "mamba": {
+        "model_type": "mamba",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "conv_kernel": 4,
+        "time_step_rank": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "vocab_size": 272,
+    },
+}
 
 
 def test_recomputed_blocks_drop_what_the_forward_pass_dropped():

@@ -19,8 +19,10 @@ from ..cache.format import plan_of
 from ..cache.packed import PackedFeatures, unpack
 from ..errors import DataError, PictureError, VLMError
 from ..images.picture import Features, Picture
-from .buckets import Batch, Group, collate, epoch, group
+from .batching import Batching, MicroBatch, Plan
+from .buckets import Batch, Group, collate, group
 from .origins import locate, read_bytes
+from .packing import collate_lines
 from .samples import Sample
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class Pictures:
 
 @dataclass
 class Feed:
-    """Endless micro-batches in an order that only `seed` and the rows decide.
+    """Endless micro-batches in an order that only their settings and the rows decide.
 
     strict: a picture that fails ends the run, instead of costing its own rows. loss: how labels are
     weighed, as in `label_weight`.
@@ -112,17 +114,15 @@ class Feed:
 
     samples: Sequence[Sample]
     pictures: Pictures
-    batch_size: int
-    length_multiple: int = 32
+    batching: Batching
     share_prefix: int = 0
-    seed: int = 0
     strict: bool = False
     loss: str = "token"
     failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[Group] = group(self.samples, self.share_prefix)
-        self.batches_per_epoch = len(self._epoch(0))
+        self.plan = Plan(self.groups, self.batching)
 
     def digest(self) -> str:
         """Changes with any row: its tokens, what it supervises, its pictures' names, targets."""
@@ -131,33 +131,46 @@ class Feed:
             found.update(sample.packed())
         return found.hexdigest()
 
-    def _epoch(self, number: int) -> list[list[int]]:
-        return epoch(self.groups, self.batch_size, self.length_multiple, self.seed, number)
+    def batches(self, epochs: float) -> float:
+        """How many micro-batches so many epochs have: packs need not be as many in each."""
+        whole = int(epochs)
+        rest = (epochs - whole) * len(self.plan.epoch(whole)) if epochs > whole else 0
+        return sum(len(self.plan.epoch(number)) for number in range(whole)) + rest
 
-    def order(self, start: int) -> Iterator[list[int]]:
-        """Batches (of group indices) from the `start`-th on, epoch after epoch."""
-        number, skip = divmod(start, self.batches_per_epoch)
+    def order(self, start: int) -> Iterator[MicroBatch]:
+        """Micro-batches from the `start`-th on, epoch after epoch."""
+        number = 0
+        while start >= len(self.plan.epoch(number)):
+            start -= len(self.plan.epoch(number))
+            number += 1
         while True:
-            yield from self._epoch(number)[skip:]
-            number, skip = number + 1, 0
+            yield from self.plan.epoch(number)[start:]
+            number, start = number + 1, 0
 
-    def fetch(self, indices: list[int]) -> tuple[Batch | None, list[Any]]:
+    def fetch(self, micro: MicroBatch) -> tuple[Batch | None, list[Any]]:
         """One batch and its pictures; a picture that fails costs its own rows."""
-        kept: list[Group] = []
         found: list[Any] = []
-        for index in indices:
-            one = self.groups[index]
-            try:
-                names = one.rows[0].images
-                pictures = [self.pictures.get(name, len(names)) for name in names]
-            except VLMError as error:
-                if self.strict:
-                    raise
-                self.failed[", ".join(one.rows[0].images)] = str(error)
-                continue
-            kept.append(one)
-            found += pictures
-        return (collate(kept, self.length_multiple, self.loss) if kept else None), found
+        lines = [[g for g in line if self._read(g, found)] for line in micro.lines]
+        lines = [[self.groups[g] for g in line] for line in lines if line]
+        if not lines:
+            return None, []
+        if micro.length:
+            packed = [[row for one in line for row in one.rows] for line in lines]
+            return collate_lines(packed, micro.length, self.loss), found
+        groups = [one for line in lines for one in line]
+        return collate(groups, self.batching.length_multiple, self.loss), found
+
+    def _read(self, number: int, found: list[Any]) -> bool:
+        """Adds the pictures of a group to `found`, all or none."""
+        names = self.groups[number].rows[0].images
+        try:
+            found += [self.pictures.get(name, len(names)) for name in names]
+        except VLMError as error:
+            if self.strict:
+                raise
+            self.failed[", ".join(names)] = str(error)
+            return False
+        return True
 
     def read(
         self, start: int = 0, ahead: int = 2
@@ -177,5 +190,5 @@ class Feed:
 
     def once(self) -> Iterator[tuple[Batch | None, list[Any]]]:
         """Every row once, for validation."""
-        for indices in self._epoch(0):
-            yield self.fetch(indices)
+        for micro in self.plan.epoch(0):
+            yield self.fetch(micro)

@@ -74,6 +74,11 @@ class Sample:
         """bool [length]; a visual token never is."""
         return self._whole(self._learnt, [False] * len(self._slots))
 
+    @property
+    def visual(self) -> int:
+        """How many of the tokens are visual."""
+        return self.length - len(self._text)
+
     def packed(self) -> bytes:
         """Everything that this row is, as bytes."""
         targets = {

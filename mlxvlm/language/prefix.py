@@ -21,6 +21,7 @@ import mlx.nn as nn
 
 from ..errors import ConfigError
 from .forward import blocks_of
+from .packed import state_of
 
 
 class PrefixCache:
@@ -59,14 +60,11 @@ class BranchCache:
 
 def prefix_caches(lm: nn.Module) -> list[PrefixCache]:
     """One cache a layer, or an error for decoders that keep a state other than keys and values."""
-    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-
-    for index, cache in enumerate(make_prompt_cache(lm)):
-        if not isinstance(cache, (KVCache, RotatingKVCache)):
-            raise ConfigError(
-                f"rows cannot share a prefix under language models of type {lm.model_type!r}: "
-                f"layer {index} keeps a {type(cache).__name__}. Train without --share-prefix."
-            )
+    if state := state_of(lm):
+        raise ConfigError(
+            f"rows cannot share a prefix under language models of type {lm.model_type!r}: {state}. "
+            "Train without --share-prefix."
+        )
     return [PrefixCache() for _ in blocks_of(lm)]
 
 

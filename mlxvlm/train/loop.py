@@ -26,15 +26,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..cache import EmbeddingCache
 from ..config import LoRAConfig, is_adapter
+from ..data.batching import Batching
 from ..data.buckets import Batch
 from ..data.feed import Feed, Pictures
-from ..data.samples import prepare
+from ..data.samples import Sample, prepare
 from ..data.sources import picture_root, read_rows
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..images.tiling import tiles_each
 from ..language.forward import blocks_of, check_head
 from ..language.lora import add_lora, add_vision_lora, fuse, matching
+from ..language.packed import longest_pack
 from ..model import VLM
 from ..vision.encoder import Encoder
 from ..weights.adapter import save_adapter
@@ -93,7 +95,7 @@ class Trainer:
         self.feed = self._feed(config.data, config.loss)
         self.val = self._feed(config.val_data, "token") if config.val_data else None
         micro = config.grad_accumulation_steps
-        self.steps = config.iters or math.ceil(config.epochs * self.feed.batches_per_epoch / micro)
+        self.steps = config.iters or math.ceil(self.feed.batches(config.epochs) / micro)
         self.identity = fingerprint(config) | {
             "steps": self.steps,
             "model's tensors": _digest_model(self.vlm, config.trains_vision),
@@ -171,26 +173,34 @@ class Trainer:
             config.max_seq_length,
             tuple(config.targets),
         )
-        self.report("data", {"data": data, "rows": len(samples), "skipped": skipped})
+        feed = self._meet(samples, pictures, loss) if samples else None
+        found = {"data": data, "rows": len(samples), "skipped": skipped}
+        self.report("data", found | {"batching": feed.plan.describe() if feed else None})
         if skipped and (config.strict or not samples):
             where, reason = skipped[0]
             raise DataError(f"{data}: {len(skipped)} rows cannot be used; {where}: {reason}")
-        if not samples:
+        if feed is None:
             raise DataError(f"{data} has no rows.")
         if config.needs_pictures and not any(sample.images for sample in samples):
             raise DataError(
                 f"{data} has no row with a picture, and nothing else trains {config.train}."
             )
-        return Feed(
-            samples,
-            pictures,
+        return feed
+
+    def _meet(self, samples: list[Sample], pictures: Pictures, loss: str) -> Feed:
+        config, lm = self.config, self.vlm.language
+        batching = Batching(
             config.batch_size,
+            config.batching,
             config.length_multiple,
-            config.share_prefix,
+            config.pack_length,
+            config.pack_views,
+            config.group_by_modality_length,
+            self.vlm.config.tokens_per_view,
             config.seed,
-            config.strict,
-            loss,
+            partial(longest_pack, lm),
         )
+        return Feed(samples, pictures, batching, config.share_prefix, config.strict, loss)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, saves the result in `out`, and returns a summary."""

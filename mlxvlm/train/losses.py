@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from ..data.buckets import Batch
 from ..language.forward import head, head_module, hidden_states, recomputed
+from ..language.packed import packed_caches
 from ..language.prefix import BranchCache, prefix_caches
 from ..model import VLM
 from .stages import AuxiliaryTarget
@@ -65,7 +66,8 @@ def hidden_of(
     lm = vlm.language
     if batch.prefix is None:
         embeddings = vlm.splice(batch.tokens, visual)
-        last, seen = hidden_states(lm, embeddings, None, layers, grad_checkpoint)
+        caches = None if batch.segments is None else packed_caches(lm, batch.segments)
+        last, seen = hidden_states(lm, embeddings, caches, layers, grad_checkpoint)
         return _flat(last), {k: _flat(h) for k, h in seen.items()}
     caches = prefix_caches(lm)
     shared, seen_shared = hidden_states(lm, vlm.splice(batch.prefix, visual), caches, layers)

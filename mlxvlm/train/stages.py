@@ -31,6 +31,7 @@ OPTIMIZERS = (
     "rmsprop",
     "adagrad",
 )
+BATCHING = ("auto", "buckets", "pack", "internvl")
 SCHEDULES = ("cosine", "linear", "constant")
 LOSSES = ("token", "sample", "square")
 # What --lora-keys calls every linear layer.
@@ -49,6 +50,8 @@ LEAST = {
     "save_every": 0,
     "steps_per_eval": 0,
     "share_prefix": 0,
+    "pack_length": 0,
+    "pack_views": 0,
     "warmup": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -96,7 +99,23 @@ class TrainConfig:
     train: str = flag("", f"Parts that train, comma-separated: {', '.join(PARTS)}.")
     iters: int = flag(0, "Optimizer steps; 0 means --epochs.")
     epochs: float = flag(1.0, "Passes over the data.")
-    batch_size: int = flag(4, "Rows a micro-batch (pictures, with --share-prefix).")
+    batch_size: int = flag(
+        4, "Rows a micro-batch; with --share-prefix pictures, with --batching pack packed lines."
+    )
+    batching: str = flag(
+        "auto",
+        "How rows meet: buckets (rows of like length, padded), pack (several in a line, as full as "
+        "can be), internvl (packed as InternVL 2.5 does), or auto: buckets, and packs of as many "
+        "rows where more than 10% of those would be padding.",
+    )
+    pack_length: int = flag(
+        0,
+        "Tokens of a packed line, up to 2048; longer rows go in buckets. 0: chosen from the rows.",
+    )
+    pack_views: int = flag(48, "Views of a packed line at most; 0: any number.")
+    group_by_modality_length: bool = flag(
+        False, "Rows with pictures and rows of text alone never meet in a batch, as in LLaVA."
+    )
     grad_accumulation_steps: int = flag(1, "Micro-batches a step.")
     learning_rate: float = flag(1e-3, "Peak learning rate; adapters have that of their part.")
     projector_learning_rate: float = flag(0.0, "The projector's own; 0 means --learning-rate.")
@@ -164,6 +183,8 @@ class TrainConfig:
             )
         if self.optimizer == "adam" and self.weight_decay:
             raise UsageError("--optimizer adam has no --weight-decay; adamw is Adam with it.")
+        if self.batching not in BATCHING:
+            raise UsageError(f"--batching (={self.batching!r}) must be in {', '.join(BATCHING)}.")
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:
                 rule = f"must be at least {least}"
@@ -177,6 +198,11 @@ class TrainConfig:
                 raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) must be 0 to 1.")
         if self.grad_checkpoint and self.share_prefix:
             raise UsageError("--grad-checkpoint and --share-prefix do not go together; drop one.")
+        if self.share_prefix and self.batching in ("pack", "internvl"):
+            # A row's positions would not follow its prefix's where another row stands between.
+            raise UsageError(
+                f"--batching {self.batching} and --share-prefix do not go together; drop one."
+            )
 
     @property
     def parts(self) -> list[str]:

@@ -26,6 +26,7 @@ from tiny_vlm import tiny_vlm
 
 from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.writer import write_cache
+from mlxvlm.data.batching import Batching
 from mlxvlm.data.feed import Feed, Pictures
 from mlxvlm.data.records import parse_record
 from mlxvlm.data.samples import prepare
@@ -68,7 +69,7 @@ def measure(codec: str, folder: Path, args: argparse.Namespace) -> str:
             records = [(str(i), parse_record(row, str(i))) for i, row in enumerate(rows)]
             samples, skipped = prepare(records, vlm.tokenizer, vlm.config, source.count_views, 4096)
             assert not skipped, skipped[0]
-            feed = Feed(samples, source, args.batch_size)
+            feed = Feed(samples, source, Batching(args.batch_size))
             started = time.perf_counter()
             for i, indices in enumerate(feed.order(0)):
                 feed.fetch(indices)

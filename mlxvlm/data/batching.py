@@ -1,0 +1,223 @@
+"""Buckets or packs: how the rows of a run become micro-batches.
+
+    buckets    rows of like length, right-padded; plain causal attention
+    pack       lines of several rows under a mask, filled as well as can be
+    internvl   the same, filled as InternVL 2.5 fills them
+    auto       buckets, unless more than a tenth of their tokens would be padding
+
+Buckets are preferred because attention without an array mask is the fast one, and a line of L
+tokens costs L x L scores a head. The order is a pure function of rows, settings, seed and epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..attention import SHORT_QUERIES
+from ..errors import ConfigError
+from .buckets import Group, epoch, padded
+from .packing import fit_lines, stream_lines
+
+# The padding that `auto` puts up with in buckets, and a chosen line length in lines.
+BUCKETS_PADDING, LINES_PADDING = 0.10, 0.05
+# Rows that are fitted into lines together; the next ones start new lines.
+STRETCH = 4096
+# Chosen line lengths are multiples of this, and judged by so many rows.
+LINE_MULTIPLE, ROWS_JUDGED = 128, 20_000
+
+
+@dataclass
+class Batching:
+    """How rows are asked to meet.
+
+    batch_size: rows a micro-batch (pictures, where rows share a prefix); lines, where `kind` is
+    "pack" or "internvl". pack_length: tokens of a line at most, 0 to choose. pack_views: views of a
+    line at most, 0 for any number. by_modality: rows with pictures and rows without never meet.
+    packable: gives the longest line that the language model takes, or raises a ConfigError.
+    """
+
+    batch_size: int
+    kind: str = "buckets"
+    length_multiple: int = 32
+    pack_length: int = 0
+    pack_views: int = 0
+    by_modality: bool = False
+    tokens_per_view: int = 1
+    seed: int = 0
+    packable: Callable[[], int] | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Numbers of groups, line by line. length: of packed lines; 0 for a bucket of single rows."""
+
+    lines: list[list[int]]
+    length: int = 0
+
+
+@dataclass
+class Decision:
+    """What was decided: shares of positions that are padding, and the reason where one is needed.
+
+    lines, length: of packs, a micro-batch; 0 for buckets. rows: a micro-batch, on average.
+    """
+
+    kind: str
+    padding: float
+    buckets_padding: float
+    lines: int = 0
+    length: int = 0
+    rows: float = 0.0
+    why: str = ""
+
+
+class Rows:
+    """The rows of a run as numbers: what batching needs to know of them."""
+
+    def __init__(self, groups: Sequence[Group], tokens_per_view: int):
+        self.groups = groups
+        self.lengths = [one.length for one in groups]
+        self.views = [one.rows[0].visual // tokens_per_view for one in groups]
+
+    def padding(self, batches: Sequence[MicroBatch], length_multiple: int) -> float:
+        """The share of positions that no row fills."""
+        filled = whole = 0
+        for batch in batches:
+            groups = [self.groups[number] for line in batch.lines for number in line]
+            filled += sum(one.num_tokens for one in groups)
+            if batch.length:
+                whole += len(batch.lines) * batch.length
+                continue
+            longest = padded(max(one.length for one in groups), length_multiple)
+            rows = max(len(one.rows) for one in groups)
+            whole += len(groups) * (groups[0].prefix + rows * longest)
+        return 1 - filled / whole
+
+
+class Plan:
+    """The micro-batches of any epoch, once `decision` says how rows meet."""
+
+    def __init__(self, groups: Sequence[Group], want: Batching):
+        self.rows, self.want = Rows(groups, want.tokens_per_view), want
+        self._epoch: Callable[[int], list[MicroBatch]] = partial(_buckets, self.rows, want)
+        self._made: tuple[int, list[MicroBatch]] = (0, self._epoch(0))
+        share = self.rows.padding(self._made[1], want.length_multiple)
+        self.decision = Decision("buckets", share, share)
+        if want.kind != "buckets":
+            self._consider_packs(any(one.prefix for one in groups))
+        made = self.epoch(0)
+        self.decision.rows = sum(len(one.rows) for one in groups) / len(made)
+
+    def epoch(self, number: int) -> list[MicroBatch]:
+        """The micro-batches of one epoch, in order."""
+        if self._made[0] != number:
+            self._made = (number, self._epoch(number))
+        return self._made[1]
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.decision)
+
+    def _consider_packs(self, shares_prefix: bool) -> None:
+        want, rows, share = self.want, self.rows, self.decision.padding
+        auto = want.kind == "auto"
+        if auto and (shares_prefix or share <= BUCKETS_PADDING):
+            return
+        try:
+            longest = want.packable() if want.packable else max(rows.lengths)
+        except ConfigError as error:
+            if not auto:
+                raise
+            self.decision.why = str(error)
+            return
+        kind = "pack" if auto else want.kind
+        mean = float(np.mean(rows.lengths))
+        # In `auto` a micro-batch keeps its size: packing is to change the padding, not the step.
+        budget = want.batch_size * mean if auto else longest
+        length = _line_length(rows, want, kind, longest, budget)
+        lines = max(1, round(budget / length)) if auto else want.batch_size
+        packs = partial(_packs, rows, want, kind, lines, length)
+        made = packs(0)
+        packed = rows.padding(made, want.length_multiple)
+        if auto and packed >= share:
+            self.decision.why = f"packs would have {packed:.0%}."
+            return
+        self._epoch, self._made = packs, (0, made)
+        self.decision = Decision(kind, packed, share, lines, length)
+
+
+def _buckets(
+    rows: Rows,
+    want: Batching,
+    number: int,
+    only: Sequence[int] | None = None,
+    size: int | None = None,
+) -> list[MicroBatch]:
+    numbers = range(len(rows.groups)) if only is None else only
+    groups = [rows.groups[i] for i in numbers]
+    size = size or want.batch_size
+    batches = epoch(groups, size, want.length_multiple, want.seed, number, want.by_modality)
+    return [MicroBatch([[numbers[i]] for i in batch]) for batch in batches]
+
+
+def _packs(
+    rows: Rows, want: Batching, kind: str, lines: int, length: int, number: int
+) -> list[MicroBatch]:
+    rng = np.random.default_rng([want.seed, number])
+    most = _most_views(rows, want)
+    fitting: dict[bool, list[int]] = {False: [], True: []}
+    alone: list[int] = []
+    for row in rng.permutation(len(rows.groups)).tolist():
+        if rows.lengths[row] > length or rows.views[row] > most:
+            alone.append(row)
+        else:
+            fitting[want.by_modality and bool(rows.groups[row].rows[0].images)].append(row)
+    found: list[MicroBatch] = []
+    for some in fitting.values():
+        made = _lines(rows, kind, some, length, most)
+        made = [made[i] for i in rng.permutation(len(made))]
+        found += [MicroBatch(made[i : i + lines], length) for i in range(0, len(made), lines)]
+    # A bucket of rows that fit no line has about as many tokens as a micro-batch of packs.
+    longest = max((rows.lengths[row] for row in alone), default=1)
+    found += _buckets(rows, want, number, sorted(alone), max(1, lines * length // longest))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def _lines(rows: Rows, kind: str, some: list[int], length: int, most: int) -> list[list[int]]:
+    if kind == "internvl":
+        return stream_lines(some, rows.lengths, rows.views, length, most)
+    found: list[list[int]] = []
+    for start in range(0, len(some), STRETCH):
+        near = some[start : start + STRETCH]
+        found += fit_lines(near, rows.lengths, rows.views, length, most)
+    return found
+
+
+def _line_length(rows: Rows, want: Batching, kind: str, longest: int, budget: float) -> int:
+    """Tokens of a line: as asked for, or the fewest that leave little padding, because a line's
+    attention grows with the square of its length."""
+    least = SHORT_QUERIES + 1
+    if want.pack_length:
+        return max(least, min(want.pack_length, longest))
+    most = _most_views(rows, want)
+    judged = list(range(0, len(rows.lengths), -(-len(rows.lengths) // ROWS_JUDGED)))
+    # One row in twenty may be too long for a line and travel alone.
+    usual = int(np.quantile([rows.lengths[row] for row in judged], 0.95, method="higher"))
+    start, end = (-(-int(n) // LINE_MULTIPLE) * LINE_MULTIPLE for n in (usual, budget))
+    best = (1.0, min(start, longest))
+    for length in range(start, min(max(start, end), longest) + 1, LINE_MULTIPLE):
+        some = [r for r in judged if rows.lengths[r] <= length and rows.views[r] <= most]
+        lines = _lines(rows, kind, some, length, most)
+        padding = 1 - sum(rows.lengths[r] for r in some) / max(1, len(lines) * length)
+        best = min(best, (padding, length))
+        if padding <= LINES_PADDING:
+            break
+    return best[1]
+
+
+def _most_views(rows: Rows, want: Batching) -> int:
+    return want.pack_views or max(rows.views, default=0) * len(rows.views)
