@@ -12,7 +12,9 @@ from mlxvlm.data.buckets import collate, group
 from mlxvlm.data.feed import Feed
 from mlxvlm.data.packing import collate_lines
 from mlxvlm.data.samples import Sample, Target
+from mlxvlm.errors import ConfigError
 from mlxvlm.language.forward import check_head
+from mlxvlm.language.load import build_language
 from mlxvlm.language.lora import add_lora
 from mlxvlm.language.packed import longest_pack
 from mlxvlm.model import VLM
@@ -203,24 +205,79 @@ def test_positions_that_run_on_equal_positions_that_start_again(rope):
     hidden, _ = losses.hidden_of(vlm, batch, visual, (), False)
     alone, _ = losses.hidden_of(vlm, collate(group([row], 0), 1), visual, (), False)
     far = hidden[2000 : 2000 + row.length]
-    assert mx.abs(far - alone).max().item() < 2e-6 * 2000**0.5 * mx.abs(alone).max().item()
+    # An angle of 2,000 radians is known to 1e-4 in float32.
+    near = collate_lines([[row, row]], 128)
+    again, _ = losses.hidden_of(vlm, near, mx.concatenate([visual] * 2), (), False)
+    second = again[row.length : 2 * row.length]
+    scale = mx.abs(alone).max().item()
+    assert mx.abs(second - alone).max().item() < 4e-6 * scale
+    assert mx.abs(far - alone).max().item() < 1e-4 * scale
     assert longest_pack(vlm.language) == 2048
 
 
+HYBRID = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 272, "intermediate_size": 96}
 REFUSED = {
+    "lfm2": {
+        "block_auto_adjust_ff_dim": False,
+        "block_dim": 64,
+        "block_ff_dim": 96,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 8,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "layer_types": ["conv", "full_attention"],
+        "max_position_embeddings": 512,
+        "norm_eps": 1e-5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 1e4,
+    },
+    "rwkv7": {
+        "norm_eps": 1e-5,
+        "head_dim": 32,
+        "a_low_rank_dim": 8,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 8,
+        "decay_low_rank_dim": 8,
+        "tie_word_embeddings": False,
+    },
     "mamba": {
-        "model_type": "mamba",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
         "state_size": 8,
         "conv_kernel": 4,
         "time_step_rank": 4,
         "use_bias": False,
         "use_conv_bias": True,
-        "vocab_size": 272,
+    },
+    # Scales its queries by their place in the whole line.
+    "ministral3": {
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8,
+        },
+        "tie_word_embeddings": False,
     },
 }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_decoders_whose_rows_would_feel_each_other_are_not_packed(name):
+    lm = build_language(HYBRID | REFUSED[name] | {"model_type": name})
+    with pytest.raises(ConfigError, match=f"cannot be packed under .* type '{name}'"):
+        longest_pack(lm)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_attention_alone_are_packed(name, dtype):
+    lm = decoder(name).language
+    lm.set_dtype(dtype)
+    assert longest_pack(lm) == 512  # its max_position_embeddings
 
 
 def test_recomputed_blocks_drop_what_the_forward_pass_dropped():
