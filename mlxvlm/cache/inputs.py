@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.archives import read_entries
+from ..data.archives import read_entries, with_pictures
 from ..data.origins import Origin, locate
 from ..data.records import parse_record
 from ..data.sources import (
@@ -67,7 +67,7 @@ def _sources(
                 f"{archives[prefix]} and {archive} have one name, and their pictures would too: "
                 "name a folder that holds both."
             )
-        yield from _in_archive(archive, prefix, bad)
+        yield from _in_archive(archive, prefix, Path(images) if images else top, bad)
     if inside:
         return
     rows = find_rows(data)
@@ -82,18 +82,22 @@ def _sources(
             bad.append((where, str(record).removeprefix(f"{where}: ")))
             continue
         for name in record.images:
-            origin = locate(root, name)
-            yield name, str(origin) if isinstance(origin, Path) else origin
+            yield name, _place(root, name)
 
 
-def _in_archive(archive: Path, prefix: str, bad: BadRows) -> Iterator[tuple[str, Origin]]:
-    """Pictures by their place in the archive, and by the names that their rows give them."""
+def _in_archive(
+    archive: Path, prefix: str, root: Path, bad: BadRows
+) -> Iterator[tuple[str, Origin]]:
+    """Pictures by their place in the archive, and by the names that their rows give them; those
+    that rows only name lie under `root`."""
     for entry in read_entries(archive):
         row = entry.row
         names = [f"{prefix}/{name}" for name, _ in entry.pictures]
         if isinstance(row, dict):
             try:
-                parse_record(row | {"images": names}, entry.where)
+                record = parse_record(with_pictures(entry, prefix), entry.where)
+                outside = [] if names else record.images
+                yield from ((name, _place(root, name)) for name in outside)
             except DataError as error:
                 row = error
         if isinstance(row, DataError):  # its pictures are good all the same
@@ -103,3 +107,8 @@ def _in_archive(archive: Path, prefix: str, bad: BadRows) -> Iterator[tuple[str,
         if len(entry.also) == len(names):
             for name, (_, origin) in zip(entry.also, entry.pictures, strict=True):
                 yield name, origin
+
+
+def _place(root: Path, name: str) -> Origin:
+    origin = locate(root, name)
+    return str(origin) if isinstance(origin, Path) else origin

@@ -90,8 +90,17 @@ def read_archive_rows(
             elif entry.row is None:
                 yield entry.where, DataError(f"{entry.where}: there is no text beside the picture.")
             else:
-                images = [f"{prefix}/{name}" for name, _ in entry.pictures]
-                yield entry.where, entry.row | {"images": images}
+                yield entry.where, with_pictures(entry, prefix)
+
+
+def with_pictures(entry: Entry, prefix: str) -> dict[str, Any]:
+    """The row of an entry, its pictures under the names they have from outside; of an entry without
+    pictures as it is, for it may name some that lie elsewhere."""
+    assert isinstance(entry.row, dict)
+    if not entry.pictures:
+        return entry.row
+    row = {name: value for name, value in entry.row.items() if name != "image"}
+    return row | {"images": [f"{prefix}/{name}" for name, _ in entry.pictures]}
 
 
 def _is_archive(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """Parquet with pictures inside, as Hugging Face datasets store it.
 
 A column of structs {bytes, path}, or of lists of them, or one of bytes named as a picture is. What
-is beside it may be `messages`, `conversations`, `text`, `caption`, or The Cauldron's `texts`.
+is beside it may be any form of `records`, or a `caption`. A column of names, or of lists of them,
+is what a row says of pictures that lie elsewhere.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 from ..errors import DataError, PictureError
 from .archives import Entry
 from .origins import Cell, Origin
+from .records import FORMS
 
-TEXTS = ("messages", "conversations", "texts", "text", "caption", "id", "targets")
+TEXTS = (*FORMS, "completion", "image_info", "caption", "id", "targets")
 # Columns of plain bytes that hold a picture.
 PICTURES = ("image", "images", "img", "picture", "image_bytes", "jpg", "jpeg", "png", "webp")
 # Row groups kept: pictures are asked for in order by threads that are a few rows apart.
@@ -34,6 +36,7 @@ def read_parquet(path: Path) -> Iterator[Entry]:
     with file:
         columns = _picture_columns(file.schema_arrow)
         texts = [name for name in TEXTS if name in file.schema_arrow.names]
+        texts += _name_columns(file.schema_arrow)
         number = 0
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
@@ -116,6 +119,20 @@ def _picture_columns(schema: Any) -> list[tuple[str, bool]]:
     return found
 
 
+def _name_columns(schema: Any) -> list[str]:
+    """Columns that name pictures which lie elsewhere."""
+    import pyarrow.types as types
+
+    found = []
+    for name in ("image", "images"):
+        if name in schema.names:
+            kind = schema.field(name).type
+            kind = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+            if types.is_string(kind) or types.is_large_string(kind):
+                found.append(name)
+    return found
+
+
 def _is_bytes(kind: Any) -> bool:
     import pyarrow.types as types
 
@@ -135,19 +152,11 @@ def _is_outside(file: Any, group: int, column: str) -> bool:
 
 def _row(values: dict[str, Any]) -> dict[str, Any] | None:
     row = {name: _plain(value) for name, value in values.items() if value is not None}
-    for name in ("messages", "conversations", "targets"):
+    for name in ("messages", "conversations", "texts", "content", "image_info", "targets"):
         if isinstance(row.get(name), str):
             row[name] = json.loads(row[name])
-    caption, turns = row.pop("caption", None), row.pop("texts", None)
-    if any(row.get(form) for form in ("messages", "conversations", "text")):
-        return row
-    if turns:  # {user, assistant, source}
-        row["messages"] = [
-            {"role": role, "content": turn[role]}
-            for turn in turns
-            for role in ("user", "assistant")
-            if turn.get(role)
-        ]
+    caption = row.pop("caption", None)
+    if any(row.get(form) for form in FORMS):
         return row
     return row | {"text": caption} if caption else None
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, PromptError
-from ..prompts.messages import normalize_messages
+from ..prompts.messages import DOCUMENT, normalize_messages
+from .documents import is_document, read_document
 
+# What a row may be; each has exactly one of these.
+FORMS = ("messages", "conversations", "text", "prompt", "texts", "text_list", "content")
 ROLES = {
     "human": "user",
     "user": "user",
@@ -24,8 +27,8 @@ class Record:
     """One row.
 
     images: names as the row has them. messages: user turns that place images are in parts form, the
-    others as written; images that nothing places go to the first user turn. targets: auxiliary
-    targets, untouched.
+    others as written; images that nothing places go to the first user turn. A document is a single
+    message of role "document". targets: auxiliary targets, untouched.
     """
 
     images: list[str]
@@ -40,11 +43,17 @@ def parse_record(raw: Any, where: str) -> Record:
         {"image": "a.jpg" | "images": [...], "messages": [{"role", "content"}]}
         {"image": ..., "conversations": [{"from": "human" | "gpt", "value"}]}      LLaVA
         {"image": ..., "text": "a caption"}
+        {"image": ..., "prompt": "...", "completion": "..."}         strings, or TRL's messages
+        {"images": ..., "texts": [{"user", "assistant"}]}            The Cauldron
+        {"content": [{"type": "image" | "text", ...}]}               a document: text, and images in it
+        {"images": ["a.jpg", null], "texts": [null, "A text."]}      OBELICS: null where the other is
+        {"text_list": [...], "image_info": [{"image_name", "matched_text_index"}]}   MMC4
 
     `<image>` in LLaVA's human turns places an image, and there must be as many as images. In the
-    strings of `messages` it does so only if there are as many; otherwise it is text. Whitespace
-    beside a placeholder that begins or ends a turn goes with it. An image part may name its own
-    file, {"type": "image", "image": "a.jpg"}. A row without images is fine.
+    strings of `messages` and `prompt` it does so only if there are as many; otherwise it is text.
+    Whitespace beside a placeholder that begins or ends a turn goes with it. An image part may name
+    its own file, {"type": "image", "image": "a.jpg"}. A row without images is fine, but for a
+    caption's. All of a document's text is learnt.
     """
     try:
         return _parse(raw)
@@ -55,19 +64,19 @@ def parse_record(raw: Any, where: str) -> Record:
 def _parse(raw: Any) -> Record:
     if not isinstance(raw, dict):
         raise DataError(f"a row must be a JSON object, not a {type(raw).__name__}.")
-    forms = [form for form in ("messages", "conversations", "text") if raw.get(form) is not None]
+    forms = [form for form in FORMS if raw.get(form) is not None]
     if len(forms) != 1:
         raise DataError(
-            "a row must have exactly one of 'messages', 'conversations' and 'text'; this one has "
-            f"{' and '.join(forms) or 'none'}."
+            f"a row must have exactly one of {', '.join(map(repr, FORMS[:-1]))} and "
+            f"{FORMS[-1]!r}; this one has {' and '.join(forms) or 'none'}."
         )
-    images = _images(raw)
-    if forms == ["text"]:
-        messages = _caption(raw["text"], images)
-    elif forms == ["messages"]:
-        messages = _place(_messages(raw["messages"]), images, strict=False)
+    (form,) = forms
+    if is_document(raw, form):
+        parts, images = read_document(raw, form)
+        messages = [{"role": DOCUMENT, "content": parts}]
     else:
-        messages = _place(_conversations(raw["conversations"]), images, strict=True)
+        images = _images(raw)
+        messages = _turns(raw, form, images)
     # Whatever a prompt would refuse is refused here.
     parts, found = normalize_messages(messages, images)
     if len(found) != len(images):  # some parts bring their own
@@ -77,6 +86,18 @@ def _parse(raw: Any) -> Record:
         raise DataError(f"'targets' must be an object, not a {type(targets).__name__}.")
     name = raw.get("id")
     return Record(images, messages, None if name is None else str(name), targets)
+
+
+def _turns(raw: dict[str, Any], form: str, images: list[str]) -> list[dict[str, Any]]:
+    if form == "text":
+        return _caption(raw["text"], images)
+    if form == "messages":
+        return _place(_messages(raw["messages"]), images, strict=False)
+    if form == "prompt":
+        return _place(_completed(raw), images, strict=False)
+    if form == "texts":
+        return _asked(raw["texts"])
+    return _place(_conversations(raw["conversations"]), images, strict=True)
 
 
 def _images(raw: dict[str, Any]) -> list[str]:
@@ -105,6 +126,36 @@ def _messages(rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         raise DataError(f"'messages' must be a list, not a {type(rows).__name__}.")
     return [dict(row) if isinstance(row, dict) else row for row in rows]
+
+
+def _completed(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """A prompt and its completion; only the completion is learnt."""
+    prompt, completion = raw["prompt"], raw.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": completion},
+        ]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise DataError("'prompt' and 'completion' must be two strings, or two lists of messages.")
+    if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
+        raise DataError(
+            "'prompt' holds an assistant's message, and every one would be learnt: write the row "
+            "as 'messages' if that is meant, or one row for each answer."
+        )
+    return _messages([*prompt, *completion])
+
+
+def _asked(turns: Any) -> list[dict[str, Any]]:
+    """The Cauldron's texts."""
+    messages = []
+    for at, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {"user", "assistant"} & set(turn):
+            raise DataError(f"texts[{at}] must be an object with 'user' and 'assistant'.")
+        for role in ("user", "assistant"):
+            if turn.get(role):
+                messages.append({"role": role, "content": turn[role]})
+    return messages
 
 
 def _conversations(rows: Any) -> list[dict[str, Any]]:

@@ -19,9 +19,9 @@ from typing import IO, Any
 from ..errors import DataError
 from .archives import Entry
 from .origins import Member
+from .records import FORMS
 
 PICTURES = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|p[pgb]m|avif|jp2)$", re.IGNORECASE)
-_FORMS = ("messages", "conversations", "text")
 _BLOCK = 512
 _MOST_TEXT = 64 * 2**20
 
@@ -106,7 +106,7 @@ def _row(texts: dict[str, bytes]) -> tuple[dict[str, Any] | None, list[str]]:
     row.pop("images", None)
     also = [named] if isinstance(named, str) else named if isinstance(named, list) else []
     also = [name for name in also if isinstance(name, str) and name]
-    if not any(row.get(form) for form in _FORMS):
+    if not any(row.get(form) for form in FORMS):
         caption = texts["txt"].decode("utf-8-sig").strip() if "txt" in texts else row.get("caption")
         row = {"text": caption, "id": row.get("id")} if caption else None
     return row, also

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PromptConfig
 from ..errors import PromptError
-from .messages import check_turns
+from .messages import DOCUMENT, check_turns
 from .pieces import Control, Piece, Prompt, Slot, Text, assemble
 
 if TYPE_CHECKING:
@@ -41,15 +41,20 @@ def render_many(
     add_generation_prompt: bool,
 ) -> list[Prompt]:
     """`render` for many (messages, pictures_tokens), tokenised together on all cores."""
+    from . import document
+
     pieces_of = _layout(prompt.layout)
     laid = []
     for messages, counts in rows:
         check_turns(messages)
         if add_generation_prompt and messages[-1]["role"] == "assistant":
             raise PromptError("the last message is the assistant's: there is nothing to answer.")
-        pieces = pieces_of(list(messages), tokenizer, prompt, add_generation_prompt)
-        if prompt.image_placement == "sequence":
-            pieces = _pictures_first(pieces, tokenizer, prompt)
+        if messages[0]["role"] == DOCUMENT:
+            pieces = document.pieces(messages[0], tokenizer, prompt, add_generation_prompt)
+        else:
+            pieces = pieces_of(list(messages), tokenizer, prompt, add_generation_prompt)
+            if prompt.image_placement == "sequence":
+                pieces = _pictures_first(pieces, tokenizer, prompt)
         slots = sum(isinstance(piece, Slot) for piece in pieces)
         if slots != len(counts):
             raise PromptError(
@@ -75,7 +80,7 @@ def content(message: Message, turn: int, prompt: PromptConfig, trim: bool) -> li
     whole = "".join(part["text"] for part in parts if part["type"] == "text")
     low = len(whole) - len(whole.lstrip()) if trim else 0
     high = len(whole.rstrip()) if trim else len(whole)
-    answer = message["role"] == "assistant"
+    answer = message["role"] in ("assistant", DOCUMENT)
     pieces: list[Piece] = []
     position = 0
     for part in parts:

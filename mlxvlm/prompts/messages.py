@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import PromptError
 
 ROLES = ("system", "user", "assistant")
+# The one message of an interleaved document: text without roles, and images in it.
+DOCUMENT = "document"
 
 
 def normalize_messages(
@@ -27,7 +29,7 @@ def normalize_messages(
     places = [part for message in out for part in message["content"] if part["type"] == "image"]
     images = [images] if isinstance(images, str | bytes) else list(images)
     if images and not places:
-        first = next(message for message in out if message["role"] == "user")
+        first = next(message for message in out if message["role"] in ("user", DOCUMENT))
         places = [{"type": "image"} for _ in images]
         first["content"][:0] = places
     bare = [part for part in places if "image" not in part]
@@ -41,7 +43,8 @@ def normalize_messages(
 
 
 def check_turns(messages: Sequence[dict[str, Any]]) -> None:
-    """An optional system message, then user and assistant by turns, the user first."""
+    """An optional system message, then user and assistant by turns, the user first; or a single
+    document."""
     if isinstance(messages, dict | str) or not isinstance(messages, Sequence):
         raise PromptError(f"messages must be a list of messages, not a {type(messages).__name__}.")
     if not messages:
@@ -51,6 +54,10 @@ def check_turns(messages: Sequence[dict[str, Any]]) -> None:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise PromptError(f"message {at} must be an object with 'role' and 'content'.")
         role = message["role"]
+        if role == DOCUMENT:
+            if len(messages) > 1:
+                raise PromptError(f"message {at} is a document, which must stand alone.")
+            return
         if role not in ROLES:
             raise PromptError(
                 f"message {at} has role {role!r}; it must be one of {', '.join(ROLES)}."
@@ -90,7 +97,7 @@ def _parts(content: Any, role: str, at: int) -> list[dict[str, Any]]:
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": _unicode(part["text"], at)})
         elif kind == "image":
-            if role != "user":
+            if role not in ("user", DOCUMENT):
                 raise PromptError(
                     f"message {at} is the {role}'s; only a user message may hold images."
                 )
