@@ -14,7 +14,10 @@ class Progress:
             say(values["what"])
         elif kind == "data":
             say(f"{values['data']}: {values['rows']:,} rows")
-            list_skipped(values["skipped"])
+            if len(values["sources"]) > 1:
+                for name, rows, usable, used in values["sources"]:
+                    say(f"  {name}: {used:,} an epoch, of {usable:,} usable in {rows:,}")
+            list_skipped([(one.where, one.reason) for one in values["skipped"]], values["counts"])
             if values["batching"]:
                 say(_batching(**values["batching"]))
         elif kind == "step":
@@ -58,11 +61,14 @@ def _batching(
     )
 
 
-def list_skipped(skipped: list[tuple[str, str]], most: int = 5) -> None:
-    """Names the first few rows that were left out, and counts the others."""
+def list_skipped(
+    skipped: list[tuple[str, str]], counts: dict[str, int] | None = None, most: int = 5
+) -> None:
+    """Names the first few rows that were left out, and counts the others; counts: by their kind."""
     if not skipped:
         return
-    say(f"left out {len(skipped):,}:")
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in (counts or {}).items())
+    say(f"left out {len(skipped):,}{f' ({kinds})' if kinds else ''}:")
     for where, reason in skipped[:most]:
         say(f"  {where}: {reason}")
     if len(skipped) > most:

@@ -69,7 +69,7 @@ def _from_config(stage: str) -> list[inspect.Parameter]:
         default = STAGES[stage].get(name, entry.default)
         shown = "" if default in ("", False) else f" (default: {default})"
         names = [flag_name(name), *([SHORT[name]] if name in SHORT else [])]
-        kind = KINDS[str(entry.type)]
+        kind = list[str] if "several" in entry.metadata else KINDS[str(entry.type)]
         found.append(_parameter(name, kind, entry.metadata["help"] + shown, names))
     return found
 

@@ -100,8 +100,8 @@ def step(
 class Names:
     """Stands in for a source of pictures: `step` looks at its own."""
 
-    def get(self, name: str, among: int) -> str:
-        return name
+    def of(self, row: Sample, time: tuple[int, int] | None = None) -> list[str]:
+        return row.images
 
 
 def decoder(name: str):

@@ -126,8 +126,8 @@ def test_shapes_are_few():
 class Nothing:
     """Pictures that are never looked at."""
 
-    def get(self, name: str, among: int) -> None:
-        return None
+    def of(self, row: Sample, time: tuple[int, int] | None = None) -> list[None]:
+        return [None for _ in row.images]
 
 
 def test_auto_packs_where_buckets_would_be_padded():

@@ -264,7 +264,7 @@ def test_bad_rows_cost_themselves(place, tmp_path):
     trainer = Trainer(stage_config("pretrain", flags), seen.__setitem__)
     summary = trainer.run()
     assert seen["data"]["rows"] == ROWS + 1 and len(seen["data"]["skipped"]) == 4
-    reasons = " ".join(reason for _, reason in seen["data"]["skipped"])
+    reasons = " ".join(one.reason for one in seen["data"]["skipped"])
     assert "supervised" in reasons and "--max-seq-length 2048" in reasons and "no.png" in reasons
     assert {name for name, _ in summary["failed_pictures"]} == {"torn.png"}
     flags["out"] = str(tmp_path / "strict")
@@ -494,7 +494,7 @@ def test_accumulation_equals_one_large_batch(place, tmp_path, loss):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"data": str(tmp_path / "rows.jsonl"), "iters": 3, "loss": loss, "warmup": 0}
-    flags |= {"learning_rate": 0.1, "optimizer": "sgd", "length_multiple": 64}
+    flags |= {"learning_rate": 0.1, "optimizer": "sgd", "batching": "buckets"}
     whole = train(place, "sft", tmp_path / "8", **flags, batch_size=8)
     parts = train(place, "sft", tmp_path / "4x2", **flags, batch_size=4, grad_accumulation_steps=2)
     np.testing.assert_allclose(losses(tmp_path / "4x2"), losses(tmp_path / "8"), rtol=1e-5)

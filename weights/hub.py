@@ -68,6 +68,41 @@ def resolve(
 
 def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any] | None) -> Path:
     import huggingface_hub
+
+    def snapshot(**options: Any) -> Any:
+        return huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            **{"allow_patterns": ALLOW, "ignore_patterns": IGNORE} | options,
+        )
+
+    def select(names: list[str]) -> list[str] | None:
+        if not any(name.endswith(".safetensors") for name in names):
+            raise HubError(
+                f"{repo} has no .safetensors files. Weights in other formats (pickles such as .bin "
+                "and .pt can run code when opened) are never loaded: choose another repository, or "
+                "convert the weights with transformers' save_pretrained in a place that you trust."
+            )
+        return None
+
+    return fetch(repo, revision, snapshot, select, report, needs="config.json")
+
+
+def fetch(
+    repo: str,
+    revision: str | None,
+    snapshot: Callable[..., Any],
+    select: Callable[[list[str]], list[str] | None],
+    report: Callable[[Download], Any] | None = None,
+    page: str | None = None,
+    needs: str = "",
+) -> Path:
+    """The folder of a repository in huggingface_hub's cache, fetched first if that is needed.
+
+    snapshot: huggingface_hub.snapshot_download, but for its further options. select: of the names
+    of the files that there are, those to fetch (none: nothing is), or None for all. page: its path
+    on huggingface.co. needs: a file without which what is cached counts for nothing.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -78,23 +113,25 @@ def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any]
         RevisionNotFoundError,
     )
 
-    def snapshot(**options: Any) -> Any:
-        return huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=ALLOW, ignore_patterns=IGNORE, **options
-        )
+    def cached(why: str) -> Path:
+        return _cached(repo, revision, snapshot, select, needs, why)
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if offline or constants.HF_HUB_OFFLINE:
-        return _cached(repo, revision, snapshot, "HF_HUB_OFFLINE is set")
+        return cached("HF_HUB_OFFLINE is set")
     try:
         plan = snapshot(dry_run=True)
-        if isinstance(plan, list):
-            _check(repo, plan, Path(constants.HF_HUB_CACHE), report)
-        return Path(snapshot())
+        chosen = select([file.filename for file in plan])
+        if chosen is not None:
+            plan = [file for file in plan if file.filename in set(chosen)]
+        _check_room(repo, plan, Path(constants.HF_HUB_CACHE), report)
+        if chosen == []:
+            return Path(constants.HF_HUB_CACHE)
+        return Path(snapshot() if chosen is None else snapshot(allow_patterns=chosen))
     except GatedRepoError:
         raise HubError(
             f"{repo} is gated: its owner asks you to accept terms first. Open "
-            f"https://huggingface.co/{repo}, accept them, make a token at "
+            f"https://huggingface.co/{page or repo}, accept them, make a token at "
             "https://huggingface.co/settings/tokens, run `hf auth login`, and try again."
         ) from None
     except RevisionNotFoundError:
@@ -107,7 +144,7 @@ def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any]
             "private: check the spelling, or run `hf auth login` with an account that may read it."
         ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        return _cached(repo, revision, snapshot, f"the hub cannot be reached ({_line(error)})")
+        return cached(f"the hub cannot be reached ({_line(error)})")
     except HfHubHTTPError as error:
         raise HubError(f"the hub refused {repo}: {_line(error)}") from None
     except OSError as error:
@@ -118,24 +155,18 @@ def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any]
             ) from None
         if error.errno is not None and error.filename:  # a disk's error, not the network's
             raise
-        return _cached(repo, revision, snapshot, f"the hub cannot be reached ({_line(error)})")
+        return cached(f"the hub cannot be reached ({_line(error)})")
     except Exception as error:
         # The hub's HTTP library has errors of its own, which are neither OSError nor public names.
         if not _is_network(error):
             raise
-        return _cached(repo, revision, snapshot, f"the hub cannot be reached ({_line(error)})")
+        return cached(f"the hub cannot be reached ({_line(error)})")
 
 
-def _check(
+def _check_room(
     repo: str, plan: list[Any], cache: Path, report: Callable[[Download], Any] | None
 ) -> None:
-    """Before a download: are there weights that can be loaded, and is there room for them?"""
-    if not any(file.filename.endswith(".safetensors") for file in plan):
-        raise HubError(
-            f"{repo} has no .safetensors files. Weights in other formats (pickles such as .bin and "
-            ".pt can run code when opened) are never loaded: choose another repository, or convert "
-            "the weights with transformers' save_pretrained in a place that you trust."
-        )
+    """Before a download: is there room for it?"""
     todo = [file for file in plan if file.will_download]
     if not todo:
         return
@@ -153,14 +184,26 @@ def _check(
         report(download)
 
 
-def _cached(repo: str, revision: str | None, snapshot: Callable[..., Any], why: str) -> Path:
+def _cached(
+    repo: str,
+    revision: str | None,
+    snapshot: Callable[..., Any],
+    select: Callable[[list[str]], list[str] | None],
+    needs: str,
+    why: str,
+) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot(local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         folder = None
-    if folder is None or not (folder / "config.json").is_file():
+    whole = folder is not None and (
+        (folder / needs).is_file()
+        if needs
+        else select([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
+    )
+    if folder is None or not whole:
         at = "" if revision is None else f" at revision {revision!r}"
         raise HubError(
             f"{why}, and {repo}{at} is not in the local cache. Go online once, or give the path of "

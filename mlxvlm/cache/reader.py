@@ -109,6 +109,13 @@ class EmbeddingCache:
         """How many views a picture has under a tiling plan, without reading them."""
         return len(self._found(str(key), plan)[1].views)
 
+    def sha256_of(self, key: str | Path) -> str:
+        """The content of the picture that a name stands for."""
+        source = self._sure(lambda index: self._source(index, str(key)))
+        if source is None or source.sha256 is None:
+            raise CacheError(self._missing(str(key), PLAN))
+        return source.sha256
+
     def names(self) -> Iterator[str]:
         """Every name of the input, those of failures included."""
         return self._pages(lambda index, after: index.names(after))

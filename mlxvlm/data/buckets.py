@@ -95,6 +95,7 @@ def group(samples: Sequence[Sample], share_prefix: int) -> list[Group]:
             and sample.prefix
             and len(last.rows) < share_prefix
             and last.prefix == sample.prefix
+            and last.rows[0].source == sample.source
             and last.rows[0].images == sample.images
             and np.array_equal(last.rows[0].tokens[: last.prefix], sample.tokens[: last.prefix])
         ):

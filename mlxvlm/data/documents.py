@@ -56,7 +56,8 @@ def _obelics(raw: dict[str, Any]) -> Parts:
         if places != len(images):
             raise DataError(
                 f"'texts' has {places} places for images (null), but the row has {len(images)} "
-                "images."
+                "images.",
+                kind="number of images",
             )
         images = [next(found) if text is None else None for text in texts]
     parts: Parts = []

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,10 @@ from ..cache.format import plan_of
 from ..cache.packed import PackedFeatures, unpack
 from ..errors import DataError, PictureError, VLMError
 from ..images.picture import Features, Picture
+from .augment import Augmentation
 from .batching import Batching, MicroBatch, Plan
 from .buckets import Batch, Group, collate, group
-from .origins import locate, read_bytes
+from .origins import Origin, locate, read_bytes
 from .packing import collate_lines
 from .samples import Sample
 
@@ -35,9 +38,10 @@ class Pictures:
 
     One of `encoder` and `cache` is needed: with a cache, no encoder is held. `limit` says how many
     tiles each of so many pictures of one row may have, as `images.tiling.tiles_each` does.
-    pixels: the encoder trains, so `views` stops short of it.
-    Where MLX computes on a GPU, features come to it as their bytes on disk; a CPU does better to
-    decode them in the thread that reads ahead.
+    `find` gives the origin of a name; by default it lies under `root`. `augment` changes the views
+    of pictures in training. pixels: the encoder trains, so `views` stops short of it. Where MLX
+    computes on a GPU, features come to it as their bytes on disk; a CPU does better to decode them
+    in the thread that reads ahead.
     """
 
     def __init__(
@@ -46,20 +50,26 @@ class Pictures:
         root: Path,
         cache: EmbeddingCache | None = None,
         limit: Callable[[int], int | None] = lambda among: None,
+        find: Callable[[str], Origin] | None = None,
+        augment: Augmentation | None = None,
         pixels: bool = False,
     ):
         self.encoder, self.root, self.cache, self.limit = encoder, root, cache, limit
-        self.pixels = pixels
+        self.find = find or partial(locate, root)
+        self.augment, self.pixels = augment, pixels
         self.packed = mx.default_device() == mx.gpu
 
     def count_views(self, name: str, among: int = 1) -> int:
         """Views of one of `among` pictures of a row, without reading pixels unless it must."""
         if self.cache is not None:
             return self.cache.num_views(name, plan_of(self.limit(among)))
-        origin = locate(self.root, name)
+        origin = self.find(name)
         if isinstance(origin, Path) and not origin.is_file():
             what = "is no file" if origin.exists() else "does not exist"
-            raise DataError(f"picture {origin} {what}; --images names the folder that it lies in.")
+            raise DataError(
+                f"picture {origin} {what}; --images names the folder that it lies in.",
+                kind="picture",
+            )
         assert self.encoder is not None
         if self.encoder.tiling.type == "single":
             return 1
@@ -73,15 +83,25 @@ class Pictures:
             return self.cache.packed(name, plan) if self.packed else self.cache.get(name, plan)
         return self._look(name, limit)
 
+    def of(self, row: Sample, time: tuple[int, int] | None = None) -> list[Any]:
+        """What the model takes of a row's pictures. time: (seed, epoch), where it is for training
+        and so may be augmented."""
+        found: list[Any] = [self.get(name, len(row.images)) for name in row.images]
+        if self.augment is None or time is None:
+            return found
+        return [self.augment(one, (*time, row.where, at)) for at, one in enumerate(found)]
+
     def _look(self, name: str, limit: int | None) -> Picture:
         assert self.encoder is not None
-        origin = locate(self.root, name)
+        origin = self.find(name)
         if not isinstance(origin, Path):
             try:
                 return self.encoder.look([read_bytes(origin)[0]], max_tiles=limit)[0]
             except (OSError, PictureError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise DataError(f"picture {name} ({origin}): {reason.rstrip('.')}.") from None
+                raise DataError(
+                    f"picture {name} ({origin}): {reason.rstrip('.')}.", kind="picture"
+                ) from None
         return self.encoder.look([origin], max_tiles=limit)[0]
 
     def views(self, found: Sequence[Picture | Features | PackedFeatures]) -> mx.array | None:
@@ -91,17 +111,31 @@ class Pictures:
         """
         if not found:
             return None
-        if isinstance(found[0], PackedFeatures):
-            return unpack([f for f in found if isinstance(f, PackedFeatures)])
-        if isinstance(found[0], Features):
-            features = [f for f in found if isinstance(f, Features)]
-            return mx.array(np.concatenate([np.stack(f.views) for f in features]))
+        # Sources with a cache and without may meet in a batch.
+        parts = [self._views(kind, list(run)) for kind, run in groupby(found, type)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _views(self, kind: type, found: list[Any]) -> mx.array:
+        if kind is PackedFeatures:
+            return unpack(found)
+        if kind is Features:
+            return mx.array(np.concatenate([np.stack(f.views) for f in found]))
         assert self.encoder is not None
-        pictures = [p for p in found if isinstance(p, Picture)]
         if self.pixels:
-            return self.encoder.pixels(pictures)
-        encoded = self.encoder.encode(pictures)
+            return self.encoder.pixels(found)
+        encoded = self.encoder.encode(found)
         return mx.stack([view for features in encoded for view in features.views])
+
+
+class Several(Pictures):
+    """The pictures of several sources, for rows that say which they are from."""
+
+    def __init__(self, encoder: Encoder | None, each: Sequence[Pictures]):
+        super().__init__(encoder, Path(), pixels=each[0].pixels)
+        self.each = each
+
+    def of(self, row: Sample, time: tuple[int, int] | None = None) -> list[Any]:
+        return self.each[row.source].of(row, time)
 
 
 @dataclass
@@ -137,20 +171,24 @@ class Feed:
         rest = (epochs - whole) * len(self.plan.epoch(whole)) if epochs > whole else 0
         return sum(len(self.plan.epoch(number)) for number in range(whole)) + rest
 
-    def order(self, start: int) -> Iterator[MicroBatch]:
-        """Micro-batches from the `start`-th on, epoch after epoch."""
+    def order(self, start: int) -> Iterator[tuple[MicroBatch, int]]:
+        """Micro-batches, and their epoch, from the `start`-th on, epoch after epoch."""
         number = 0
         while start >= len(self.plan.epoch(number)):
             start -= len(self.plan.epoch(number))
             number += 1
         while True:
-            yield from self.plan.epoch(number)[start:]
+            yield from ((micro, number) for micro in self.plan.epoch(number)[start:])
             number, start = number + 1, 0
 
-    def fetch(self, micro: MicroBatch) -> tuple[Batch | None, list[Any]]:
-        """One batch and its pictures; a picture that fails costs its own rows."""
+    def fetch(self, micro: MicroBatch, epoch: int | None = None) -> tuple[Batch | None, list[Any]]:
+        """One batch and its pictures; a picture that fails costs its own rows.
+
+        epoch: which one it is for; None is for validation, where pictures stay as they are.
+        """
+        time = None if epoch is None else (self.batching.seed, epoch)
         found: list[Any] = []
-        lines = [[g for g in line if self._read(g, found)] for line in micro.lines]
+        lines = [[g for g in line if self._read(g, found, time)] for line in micro.lines]
         lines = [[self.groups[g] for g in line] for line in lines if line]
         if not lines:
             return None, []
@@ -160,15 +198,15 @@ class Feed:
         groups = [one for line in lines for one in line]
         return collate(groups, self.batching.length_multiple, self.loss), found
 
-    def _read(self, number: int, found: list[Any]) -> bool:
+    def _read(self, number: int, found: list[Any], time: tuple[int, int] | None) -> bool:
         """Adds the pictures of a group to `found`, all or none."""
-        names = self.groups[number].rows[0].images
+        row = self.groups[number].rows[0]
         try:
-            found += [self.pictures.get(name, len(names)) for name in names]
+            found += self.pictures.of(row, time)
         except VLMError as error:
             if self.strict:
                 raise
-            self.failed[", ".join(names)] = str(error)
+            self.failed[", ".join(row.images)] = str(error)
             return False
         return True
 
@@ -178,11 +216,11 @@ class Feed:
         """Batches from the `start`-th on, `ahead` of them being read while one is used."""
         order = self.order(start)
         with ThreadPoolExecutor(1) as pool:
-            queue = [pool.submit(self.fetch, next(order)) for _ in range(ahead)]
+            queue = [pool.submit(self.fetch, *next(order)) for _ in range(ahead)]
             try:
                 while True:
                     item = queue.pop(0).result()
-                    queue.append(pool.submit(self.fetch, next(order)))
+                    queue.append(pool.submit(self.fetch, *next(order)))
                     yield item
             finally:
                 for waiting in queue:

@@ -45,8 +45,8 @@ def parse_record(raw: Any, where: str) -> Record:
         {"image": ..., "text": "a caption"}
         {"image": ..., "prompt": "...", "completion": "..."}         strings, or TRL's messages
         {"images": ..., "texts": [{"user", "assistant"}]}            The Cauldron
-        {"content": [{"type": "image" | "text", ...}]}               a document: text, and images in it
-        {"images": ["a.jpg", null], "texts": [null, "A text."]}      OBELICS: null where the other is
+        {"content": [{"type": "image" | "text", ...}]}               a document: text, images in it
+        {"images": ["a.jpg", null], "texts": [null, "A text."]}      OBELICS: one is null
         {"text_list": [...], "image_info": [{"image_name", "matched_text_index"}]}   MMC4
 
     `<image>` in LLaVA's human turns places an image, and there must be as many as images. In the
@@ -58,7 +58,7 @@ def parse_record(raw: Any, where: str) -> Record:
     try:
         return _parse(raw)
     except (DataError, PromptError) as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
 
 
 def _parse(raw: Any) -> Record:
@@ -115,7 +115,7 @@ def _caption(text: Any, images: list[str]) -> list[dict[str, Any]]:
     if not isinstance(text, str) or not text.strip():
         raise DataError("'text' must be a caption, and not empty.")
     if not images:
-        raise DataError("a caption needs an image; this row has none.")
+        raise DataError("a caption needs an image; this row has none.", kind="number of images")
     return [
         {"role": "user", "content": [{"type": "image"} for _ in images]},
         {"role": "assistant", "content": text},
@@ -190,7 +190,8 @@ def _place(messages: list[dict[str, Any]], images: list[str], strict: bool) -> l
             return messages
         raise DataError(
             f"the human turns hold {count} {PLACEHOLDER} placeholders, but the row has "
-            f"{len(images)} images."
+            f"{len(images)} images.",
+            kind="number of images",
         )
     for message in users:
         if PLACEHOLDER in message["content"]:

@@ -7,14 +7,16 @@ count and report. A file that cannot be read at all is raised.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from .archives import find_archives, read_archive_rows
 from .json_list import read_list
+from .origins import Origin, locate
 from .records import Record, parse_record
+from .urls import is_url, local
 
 ROW_SUFFIXES = (".jsonl", ".json")
 MAIN_ROWS = ("train.jsonl", "train.json")
@@ -64,6 +66,31 @@ def picture_root(data: str | Path, images: str | Path | None = None) -> Path:
     """
     root, archives = archives_of(data)
     return root if archives or not images else Path(images)
+
+
+def finder(
+    data: str | Path, images: str | Path | None = None, allow_urls: bool = False
+) -> Callable[[str], Origin]:
+    """What gives the origin of a name in `data`: inside its archives, else under `images` or beside
+    the data, or on the web where that is allowed."""
+    root, archives = archives_of(data)
+    outside = Path(images) if images else root
+
+    def find(name: str) -> Origin:
+        if is_url(name):
+            if not allow_urls:
+                raise DataError(
+                    f"{name} is a web address, and none is fetched unasked: --allow-urls.",
+                    kind="picture",
+                )
+            return local(name)
+        if archives:
+            origin = locate(root, name)
+            if not isinstance(origin, Path) or origin.exists():
+                return origin
+        return locate(outside, name)
+
+    return find
 
 
 def find_rows(path: str | Path) -> Path:

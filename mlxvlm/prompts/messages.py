@@ -36,7 +36,8 @@ def normalize_messages(
     if len(bare) != len(images):
         raise PromptError(
             f"the messages have {_count(len(bare), 'place')} for images, but "
-            f"{_count(len(images), 'image')} came with them: give one image for each."
+            f"{_count(len(images), 'image')} came with them: give one image for each.",
+            kind="number of images",
         )
     waiting = iter(images)
     return out, [part.pop("image") if "image" in part else next(waiting) for part in places]

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from ..config import LoRAConfig, is_adapter
 from ..data.batching import Batching
 from ..data.buckets import Batch
 from ..data.feed import Feed, Pictures
-from ..data.samples import Sample, prepare
-from ..data.sources import picture_root, read_rows
+from ..data.gather import Gathered, Reading, gather, shelf_of, write_skipped
+from ..data.hub import local_data
+from ..data.mixture import Mixture, Source
+from ..data.samples import Sample
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
-from ..images.tiling import tiles_each
 from ..language.forward import blocks_of, check_head
 from ..language.lora import add_lora, add_vision_lora, fuse, matching
 from ..language.packed import longest_pack
@@ -50,6 +52,8 @@ from .optimizer import Optimizer, clip, learning_rate
 from .stages import TrainConfig, fingerprint
 
 METRICS = "metrics.jsonl"
+# The rows that were left out, and why.
+SKIPPED = "skipped.jsonl"
 # This many steps in a row without a finite loss end a run.
 MAX_BAD_STEPS = 3
 
@@ -67,33 +71,19 @@ class Trainer:
         self.report = report or (lambda kind, values: None)
         self.out = _check_out(config)
         # A hub id is looked up once, so that a branch that moves cannot change a run on its way.
-        self.model = resolve(
-            config.model, report=lambda found: self.report("download", {"what": str(found)})
-        )
+        self.model = resolve(config.model, report=self._tell)
         self.vlm = load(self.model)
         self.stored = {"lm": dtype_of(self.vlm.language), "vision": dtype_of(self.vlm.vision)}
         self.lora: LoRAConfig | None = None
         self.vision_lora: LoRAConfig | None = None
         mx.random.seed(config.seed)
         self._freeze()
-        self.cache = EmbeddingCache.open(config.cache) if config.cache else None
         self.encoder: Encoder | None = self.vlm.encoder
-        # Whether the cache holds what a frozen projector made of the features.
-        self.projected = bool(self.cache and self.cache.meta["encoder"].get("at") == "projector")
-        if self.projected and "projector" in config.parts:
-            raise ConfigError(
-                f"{config.cache} holds what the projector gives, so the projector cannot train "
-                "(--train): leave it out, or cache without --at projector."
-            )
-        if self.cache is not None:
-            encoder = self.vlm.projected_encoder if self.projected else self.encoder
-            self.cache.require(encoder.identity())
-            # Frozen and not needed again before the result is saved: its memory serves the run.
-            self.encoder = None
-            del self.vlm.vision
-            mx.clear_cache()
-        self.feed = self._feed(config.data, config.loss)
-        self.val = self._feed(config.val_data, "token") if config.val_data else None
+        sources = config.all_sources
+        validation = [config.source(config.val_data)] if config.val_data else []
+        self.caches = self._open_caches([*sources, *validation])
+        self.gathered, self.feed = self._feed(sources, config.mixture, config.loss)
+        self.val = self._feed(validation, Mixture(), "token")[1] if validation else None
         micro = config.grad_accumulation_steps
         self.steps = config.iters or math.ceil(self.feed.batches(config.epochs) / micro)
         self.identity = fingerprint(config) | {
@@ -104,6 +94,9 @@ class Trainer:
         self.optimizer = Optimizer(config, self.trainable())
         self.gradient = nn.value_and_grad(self.vlm, batch_loss)
         self.step = 0
+
+    def _tell(self, download: Any) -> None:
+        self.report("download", {"what": str(download)})
 
     def _freeze(self) -> None:
         vlm, parts = self.vlm, self.config.parts
@@ -157,35 +150,84 @@ class Trainer:
     def trainable(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.vlm.trainable_parameters()))
 
-    def _feed(self, data: str, loss: str) -> Feed:
+    def _open_caches(self, sources: list[Source]) -> dict[str, EmbeddingCache]:
+        """Every source's cache; where all have one, the encoder goes."""
         config = self.config
-        root = picture_root(data, config.images)
-        if self.cache is None and not root.is_dir():
-            raise UsageError(f"--images must name a folder, and {root} is none.")
-        limit = partial(tiles_each, self.vlm.config.tiling)
-        pictures = Pictures(self.encoder, root, self.cache, limit, config.trains_vision)
+        paths = list(dict.fromkeys(source.cache for source in sources if source.cache))
+        caches = {path: EmbeddingCache.open(path) for path in paths}
+        behind = [path for path in paths if caches[path].meta["encoder"].get("at") == "projector"]
+        # Whether the caches hold what a frozen projector made of the features.
+        self.projected = bool(behind)
+        if self.projected and "projector" in config.parts:
+            raise ConfigError(
+                f"{behind[0]} holds what the projector gives, so the projector cannot train "
+                "(--train): leave it out, or cache without --at projector."
+            )
+        if self.projected and (len(behind) < len(paths) or not all(s.cache for s in sources)):
+            raise ConfigError(
+                f"{behind[0]} holds what the projector gives: every source needs such a cache."
+            )
+        if paths:
+            encoder = self.vlm.projected_encoder if self.projected else self.vlm.encoder
+            for cache in caches.values():
+                cache.require(encoder.identity())
+        if all(source.cache for source in sources):
+            # Frozen and not needed again before the result is saved: its memory serves the run.
+            self.encoder = None
+            del self.vlm.vision
+            mx.clear_cache()
+        return caches
+
+    def _feed(self, sources: list[Source], mixture: Mixture, loss: str) -> tuple[Gathered, Feed]:
+        config = self.config
+        sources = [replace(s, data=local_data(s.data, self._tell)) for s in sources]
+        shelves = [
+            shelf_of(
+                s,
+                self.encoder,
+                self.caches.get(s.cache),
+                self.vlm.config.tiling,
+                config.allow_urls,
+                config.trains_vision,
+            )
+            for s in sources
+        ]
         assert self.vlm.tokenizer is not None
-        samples, skipped = prepare(
-            read_rows(data),
+        reading = Reading(
             self.vlm.tokenizer,
             self.vlm.config,
-            pictures.count_views,
             config.max_seq_length,
             tuple(config.targets),
+            config.seed,
+            config.allow_urls,
         )
+        gathered = gather(sources, mixture, shelves, reading)
+        samples, skipped, pictures = gathered.samples, gathered.skipped, gathered.pictures
+        data = ", ".join(source.data for source in sources)
         feed = self._meet(samples, pictures, loss) if samples else None
-        found = {"data": data, "rows": len(samples), "skipped": skipped}
-        self.report("data", found | {"batching": feed.plan.describe() if feed else None})
+        self.report(
+            "data",
+            {
+                "data": data,
+                "rows": len(samples),
+                "skipped": skipped,
+                "counts": gathered.counts(),
+                "sources": [(f.source.name, f.rows, f.usable, f.used) for f in gathered.each],
+                "batching": feed.plan.describe() if feed else None,
+            },
+        )
         if skipped and (config.strict or not samples):
-            where, reason = skipped[0]
-            raise DataError(f"{data}: {len(skipped)} rows cannot be used; {where}: {reason}")
+            first = skipped[0]
+            raise DataError(
+                f"{data}: {len(skipped)} rows cannot be used; {first.where}: {first.reason}"
+            )
         if feed is None:
             raise DataError(f"{data} has no rows.")
         if config.needs_pictures and not any(sample.images for sample in samples):
             raise DataError(
                 f"{data} has no row with a picture, and nothing else trains {config.train}."
             )
-        return feed
+        return gathered, feed
 
     def _meet(self, samples: list[Sample], pictures: Pictures, loss: str) -> Feed:
         config, lm = self.config, self.vlm.language
@@ -209,6 +251,7 @@ class Trainer:
         if config.resume:
             self.step, weights = checkpoint.load(self.out, self.optimizer, self.identity)
             self.vlm.update(tree_unflatten(list(weights.items())))
+        write_skipped(self.out / SKIPPED, self.gathered)
         metrics = _open_metrics(self.out / METRICS, self.step)
         self.vlm.train()
         micro = config.grad_accumulation_steps

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoRAConfig, read_dataclass
+from ..data.hub import is_hub_data
+from ..data.mixture import AUGMENTATIONS, FILTERS, NONE, Mixture, Source, complete
+from ..data.response_formats import FORMATS
 from ..errors import ConfigError, UsageError
 
 PARTS = ("projector", "lm", "vision", "lora:lm", "lora:vision")
@@ -86,15 +89,26 @@ def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def several(default: Any, text: str) -> Any:
+    """A flag that may be given several times."""
+    return field(default=default, metadata={"help": text, "several": True})
+
+
 @dataclass
 class TrainConfig:
     """Everything that a run depends on. Recipes (TOML) use these names, flags their kebab-case."""
 
     model: str = flag("", "Model folder or hub id to start from.")
-    data: str = flag("", "Rows: a .json or .jsonl file, or a folder with train.jsonl.")
+    data: str = several(
+        "", "Rows: .json, .jsonl, .tar, .parquet, a folder, or a hub's data set; may be repeated."
+    )
     out: str = flag("", "Folder for the result, metrics.jsonl and checkpoints.")
     images: str = flag("", "Folder that picture names are relative to. Default: the data's folder.")
     cache: str = flag("", "Embedding cache to read features from, instead of running the encoder.")
+    allow_urls: bool = flag(False, "Fetch pictures that rows name by a web address.")
+    augment: str = flag("", f"Changes pictures in training: {', '.join(AUGMENTATIONS)}.")
+    response_format: str = flag("", f"LLaVA-1.5's line after each question: {', '.join(FORMATS)}.")
+    filter: str = flag("", f"Rows to leave out, comma-separated: {', '.join(FILTERS)}.")
     val_data: str = flag("", "Rows to validate on.")
     train: str = flag("", f"Parts that train, comma-separated: {', '.join(PARTS)}.")
     iters: int = flag(0, "Optimizer steps; 0 means --epochs.")
@@ -160,6 +174,8 @@ class TrainConfig:
     rslora: bool = flag(False, "Scale adapters by alpha / sqrt(rank) instead.")
     dora: bool = flag(False, "DoRA: adapters with a magnitude for each output.")
     targets: dict[str, AuxiliaryTarget] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    mixture: Mixture = field(default_factory=Mixture)
 
     def __post_init__(self) -> None:
         for name in self.parts:
@@ -168,7 +184,7 @@ class TrainConfig:
         for part in ("lm", "vision"):
             if {part, f"lora:{part}"} <= set(self.parts):
                 raise UsageError(f"--train names both {part} and lora:{part}; choose one.")
-        if self.cache and self.trains_vision:
+        if self.trains_vision and (self.cache or any(one.cache for one in self.sources)):
             raise UsageError(
                 f"--train {self.train} does not go with --cache: features are frozen, and whatever "
                 "trains the encoder refuses a cache. Leave one of them out."
@@ -203,6 +219,10 @@ class TrainConfig:
             raise UsageError(
                 f"--batching {self.batching} and --share-prefix do not go together; drop one."
             )
+        if self.sources and self.data:
+            raise UsageError("--data and [[sources]] both name rows; choose one.")
+        if self.data or self.sources:
+            self.mixture.check(self.all_sources)
 
     @property
     def parts(self) -> list[str]:
@@ -223,6 +243,20 @@ class TrainConfig:
         itself trained is saved whole, with the vision tower's adapters merged."""
         return "lora:lm" in self.parts or ("lora:vision" in self.parts and "lm" not in self.parts)
 
+    @property
+    def all_sources(self) -> list[Source]:
+        """What there is to train on; --data is one source, of which the run's options say all."""
+        return complete(self.sources or [Source(self.data)], self._shared())
+
+    def source(self, data: str) -> Source:
+        """Rows to validate on: whole, and as they are."""
+        shared = self._shared() | {"augment": "none", "filter": "none"}
+        return complete([Source(data)], shared)[0]
+
+    def _shared(self) -> dict[str, str]:
+        names = ("images", "cache", "augment", "response_format", "filter")
+        return {name: getattr(self, name) for name in names}
+
     def lora(self) -> LoRAConfig:
         """Of the adapters that --train names, Hugging Face's alpha and rank as a scale."""
         alpha = self.lora_alpha or LoRAConfig.scale * self.lora_rank
@@ -241,8 +275,15 @@ def stage_config(
     if recipe is not None:
         values.update(read_recipe(recipe))
     values.update({k: v for k, v in flags.items() if v is not None})
+    if flags.get("data") and values.pop("sources", None):
+        values.pop("mixture", None)  # which was about those
+    if isinstance(data := values.get("data"), list | tuple):
+        if data and values.get("sources"):
+            raise UsageError("a recipe's data and [[sources]] both name rows; choose one.")
+        values["data"] = data[0] if len(data) == 1 else ""
+        values["sources"] = [Source(one) for one in data] if len(data) > 1 else []
     for name in ("model", "data", "out"):
-        if not values.get(name):
+        if not values.get(name) and not (name == "data" and values.get("sources")):
             raise UsageError(f"{flag_name(name)} is missing; give it as a flag or in the recipe.")
     try:
         return read_dataclass(TrainConfig, values, stage)
@@ -270,12 +311,38 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             name: read_dataclass(AuxiliaryTarget, value, f"targets.{name}")
             for name, value in raw["targets"].items()
         }
-    for name in ("model", "data", "out", "images", "cache", "val_data"):
-        value = raw.get(name)
-        # A model may be a hub id, so only what lies beside the recipe is taken as a path.
-        if isinstance(value, str) and value and (name != "model" or (path.parent / value).exists()):
-            raw[name] = str((path.parent / value).resolve())
-    return raw
+    tables = raw.get("sources", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"sources in recipe {path} must be tables: [[sources]].")
+    if "sources" in raw:
+        raw["sources"] = [
+            read_dataclass(Source, _paths(table, path.parent), f"sources[{at}]")
+            for at, table in enumerate(tables)
+        ]
+    if "mixture" in raw:
+        if not isinstance(raw["mixture"], dict):
+            raise UsageError(f"mixture in recipe {path} must be a table: [mixture].")
+        raw["mixture"] = read_dataclass(Mixture, raw["mixture"], "mixture")
+    return _paths(raw, path.parent)
+
+
+def _paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths start at the recipe's folder."""
+
+    def place(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [place(name, one) for one in value]
+        if not isinstance(value, str) or not value or value == NONE:
+            return value
+        # What may be a hub's is a path if it lies beside the recipe.
+        beside = (folder / value).exists()
+        if name == "model" and not beside or name in ("data", "val_data") and is_hub_data(value):
+            if not beside:
+                return value
+        return str((folder / value).resolve())
+
+    names = ("model", "data", "out", "images", "cache", "val_data")
+    return raw | {name: place(name, raw[name]) for name in names if name in raw}
 
 
 def flag_name(name: str) -> str:
@@ -297,4 +364,8 @@ FREE_ON_RESUME = {
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
     """The fields that a continued run must share with its first part."""
     raw = dataclasses.asdict(config)
+    raw["sources"] = [
+        {name: value for name, value in source.items() if name not in FREE_ON_RESUME}
+        for source in raw["sources"]
+    ]
     return {name: value for name, value in raw.items() if name not in FREE_ON_RESUME}

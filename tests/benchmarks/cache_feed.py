@@ -71,7 +71,7 @@ def measure(codec: str, folder: Path, args: argparse.Namespace) -> str:
             assert not skipped, skipped[0]
             feed = Feed(samples, source, Batching(args.batch_size))
             started = time.perf_counter()
-            for i, indices in enumerate(feed.order(0)):
+            for i, (indices, _) in enumerate(feed.order(0)):
                 feed.fetch(indices)
                 if i + 1 == args.steps:
                     break
