@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from mlxvlm.errors import UsageError
 
 
 def build(
@@ -34,6 +36,23 @@ def build(
     num_positions: Annotated[
         int, typer.Option(min=0, help="Learned positions in the projector; 0 is none.")
     ] = 0,
+    tiling: Annotated[
+        Literal["single", "dynamic"] | None,
+        typer.Option(
+            help="dynamic: InternVL's tiles and a thumbnail. Default: the encoder's own, one view."
+        ),
+    ] = None,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most dynamic tiles; the pictures of a row share them. [12]"),
+    ] = None,
+    min_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Fewest dynamic tiles of a picture alone. [1]")
+    ] = None,
+    thumbnail: Annotated[
+        bool | None,
+        typer.Option("--thumbnail/--no-thumbnail", help="The whole picture, after its tiles. [on]"),
+    ] = None,
     feature_layer: Annotated[
         int | None,
         typer.Option(help="Which hidden state to take: -1 the last block's, -2 the one before."),
@@ -69,6 +88,14 @@ def build(
     from mlxvlm.weights.save import save
 
     check_out(out, vision, language)
+    limits = {"max_tiles": max_tiles, "min_tiles": min_tiles, "use_thumbnail": thumbnail}
+    fields: dict[str, Any] = {name: given for name, given in limits.items() if given is not None}
+    if fields and tiling != "dynamic":
+        raise UsageError("--max-tiles, --min-tiles and --thumbnail belong to --tiling dynamic.")
+    if tiling:
+        fields["type"] = tiling
+    if tiling == "dynamic":
+        fields["resize"] = "squash"  # an encoder of its own may crop
     vlm = join(
         vision,
         language,
@@ -80,6 +107,7 @@ def build(
             num_attention_heads=projector_heads,
             num_positions=num_positions,
         ),
+        tiling=fields,
         feature_layer=feature_layer,
         feature_norm=feature_norm,
         layout=layout,
@@ -91,7 +119,11 @@ def build(
         report=lambda download: typer.echo(str(download), err=True),
     )
     save(vlm, out)
+    tiles, views = vlm.config.tiling, ""
+    if tiles.type == "dynamic":
+        more = ", and a thumbnail" if tiles.use_thumbnail else ""
+        views = f", {tiles.min_tiles} to {tiles.max_tiles} tiles a picture{more}"
     typer.echo(
-        f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view. "
+        f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view{views}. "
         f"The projector is untrained: mlxvlm pretrain --model {out}"
     )

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from .errors import PromptError
 from .images.picture import Features, Picture
+from .images.tiling import tiles_each
 from .reply import Chunk, answer
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ class Conversation:
     def add(self, *images: Any) -> list[Picture | Features]:
         """Opens pictures for the next question: what `vlm.look` takes, or Picture or Features.
 
-        All of them or, if one cannot be read, none.
+        All of them or, if one cannot be read, none. They share the tiling's budget, as those of one
+        row of data; what was added before keeps its tiles.
         """
+        limit = tiles_each(self.vlm.config.tiling, len(images))
         added = [
             image
             if isinstance(image, (Picture, Features))
-            else self.vlm.look([image], allow_urls=self.allow_urls)[0]
+            else self.vlm.look([image], limit, self.allow_urls)[0]
             for image in images
         ]
         self.pictures += added

@@ -29,12 +29,16 @@ T = TypeVar("T")
 class TilingConfig:
     """How a picture becomes views, as `images.tiling` does it.
 
-    type: "single" (the whole picture is one view).
+    type: "single" (the whole picture is one view) or "dynamic" (a grid of tiles close to the
+        picture's aspect ratio, as InternVL).
     image_size: side of a view in pixels.
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
+        Dynamic tiles are squashed.
     resample: "bicubic" or "bilinear" (Pillow's antialiased filters).
     background: RGB of the padding, 0-255.
+    min_tiles, max_tiles: of a dynamic grid; the pictures of one row share max_tiles.
+    use_thumbnail: whether the whole picture follows its tiles as one more view, if it has several.
     """
 
     type: str = "single"
@@ -42,12 +46,32 @@ class TilingConfig:
     resize: str = "squash"
     resample: str = "bicubic"
     background: tuple[int, int, int] = (127, 127, 127)
+    min_tiles: int = 1
+    max_tiles: int = 12
+    use_thumbnail: bool = True
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single",))
+        _one_of("tiling.type", self.type, ("single", "dynamic"))
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise ConfigError(
+                f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
+                "must be at least 1, the first at most the second."
+            )
+        if self.type == "dynamic" and self.resize != "squash":
+            raise ConfigError(
+                f"tiling.resize (={self.resize!r}) must be 'squash' for dynamic tiles."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that views depend on, as plain JSON values."""
+        unused = ("resize", "background")
+        if self.type == "single":
+            unused = ("min_tiles", "max_tiles", "use_thumbnail")
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 @dataclass

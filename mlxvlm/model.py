@@ -20,6 +20,7 @@ from .config import ModelConfig
 from .dtypes import dtype_of
 from .errors import PromptError
 from .images.picture import Features, Picture
+from .images.tiling import tiles_each
 from .language.forward import embedding
 from .language.load import build_language, language_width
 from .projected import ProjectedEncoder
@@ -83,16 +84,18 @@ class VLM(nn.Module):
     ) -> Prompt:
         """Lays out messages and pictures as tokens.
 
-        images: what `look` takes, or Picture or Features. `add_generation_prompt` opens the
-        assistant's turn; by default, where the last message is not the assistant's.
+        images: what `look` takes, or Picture or Features; those that are opened here share the
+        tiling's budget as in a row of data. `add_generation_prompt` opens the assistant's turn; by
+        default, where the last message is not the assistant's.
         """
         if self.tokenizer is None:
             raise PromptError("this model has no tokenizer; load it from a folder that has one.")
         parts, images = normalize_messages(messages, images)
         if add_generation_prompt is None:
             add_generation_prompt = bool(parts[-1]["role"] != "assistant")
+        limit = tiles_each(self.config.tiling, len(images))
         pictures = [
-            i if isinstance(i, (Picture, Features)) else self.look([i], allow_urls=allow_urls)[0]
+            i if isinstance(i, (Picture, Features)) else self.look([i], limit, allow_urls)[0]
             for i in images
         ]
         counts = [len(p.views) * self.config.tokens_per_view for p in pictures]

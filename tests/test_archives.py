@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_cache import Slicer, sha256
+from tiny_cache import Slicer, sha256, siglip
 
 from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.inputs import picture_sources
 from mlxvlm.cache.writer import write_cache
+from mlxvlm.config import TilingConfig
 from mlxvlm.data.feed import Pictures
 from mlxvlm.data.origins import Member, locate, read_bytes
 from mlxvlm.data.sources import picture_root, read_rows
 from mlxvlm.errors import DataError
+from mlxvlm.images.picture import Picture
 
 
 def png(seed: int) -> bytes:
@@ -148,16 +150,13 @@ def test_one_tar_names_what_its_folder_does(tmp_path, shards):
 
 
 def test_training_reads_pictures_out_of_tars(shards, tmp_path):
-    class Look(Slicer):
-        tiling = type("Tiling", (), {"type": "several"})
-
-        def look(self, images: list[bytes], max_tiles: int | None = None) -> Any:
-            return super().look(images)
-
+    encoder = siglip(tiling=TilingConfig("dynamic", 32))
     root = picture_root(shards, tmp_path)  # --images is for rows that name files
-    pictures: Any = Pictures(Look(), root)  # type: ignore[arg-type]
+    pictures = Pictures(encoder, root)
     name = "part-000.tar/in/000002.png"
-    assert pictures.count_views(name) == len(Slicer().look([png(2)])[0].views)
+    found = pictures.get(name)
+    assert isinstance(found, Picture) and found.size == (22, 16)
+    assert pictures.count_views(name) == len(found.views) == len(encoder.look([png(2)])[0].views)
     with pytest.raises(DataError, match="does not exist"):
         pictures.count_views("part-000.tar/none.png")
 

@@ -25,10 +25,11 @@ VISION = VisionConfig(
 )
 
 
-def siglip(seed: int = 0, **options: Any) -> Encoder:
-    """A SigLIP of two layers: 16 tokens of width 32."""
+def siglip(seed: int = 0, tiling: TilingConfig | None = None, **options: Any) -> Encoder:
+    """A SigLIP of two layers: 16 tokens of width 32; one view a picture, unless `tiling` says."""
     mx.random.seed(seed)
-    return Encoder(build_vision(VISION), VISION, TilingConfig(image_size=32), **options)
+    tiling = tiling or TilingConfig(image_size=32)
+    return Encoder(build_vision(VISION), VISION, tiling, **options)
 
 
 class Slicer:

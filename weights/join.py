@@ -39,6 +39,7 @@ def join(
     language: str | Path,
     projector: ProjectorConfig | None = None,
     *,
+    tiling: dict[str, Any] | None = None,
     feature_layer: int | None = None,
     feature_norm: bool | None = None,
     layout: str | None = None,
@@ -51,8 +52,9 @@ def join(
 ) -> VLM:
     """An encoder and a language model, from folders or hub ids, and a fresh projector between.
 
-    feature_layer, feature_norm: as in `load_encoder`. layout: a prompt layout; by default the one
-    that the tokenizer asks for. fresh_language: random weights, its config.json alone.
+    tiling: fields that override the encoder's own. feature_layer, feature_norm: as in
+    `load_encoder`. layout: a prompt layout; by default the one that the tokenizer asks for.
+    fresh_language: random weights, its config.json alone.
     dtype: what stored tensors become; fresh ones are float32, because they are about to be trained.
     seed: what the fresh weights are drawn from.
     """
@@ -61,13 +63,13 @@ def join(
 
     wanted = parse_dtype(dtype)
     eyes, family = open_encoder(vision, revisions[0], report)
-    tower, tiling = encoder_configs(eyes, family, feature_layer, feature_norm)
+    tower, tiles = encoder_configs(eyes, family, feature_layer, feature_norm, tiling)
     folder = resolve(language, revisions[1], report)
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
     config = ModelConfig(
-        tiling=tiling,
+        tiling=tiles,
         vision=dataclasses.replace(tower, vision_use_head=False),
         projector=projector or ProjectorConfig(),
         prompt=PromptConfig(layout=layout or layout_for(tokenizer)),

@@ -89,11 +89,7 @@ def load_encoder(
     last layer with its norm; CLIP's last but one without).
     """
     checkpoint, family = open_encoder(path_or_hub_id, revision, report)
-    config, tiles = encoder_configs(checkpoint, family, feature_layer, feature_norm)
-    if isinstance(tiling, TilingConfig):
-        tiles = tiling
-    elif tiling:
-        tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **tiling}, "tiling")
+    config, tiles = encoder_configs(checkpoint, family, feature_layer, feature_norm, tiling)
     holder = _Holder(vision=build_vision(config))
     fill(
         holder,
@@ -182,20 +178,28 @@ def encoder_configs(
     family: ModuleType,
     feature_layer: int | None = None,
     feature_norm: bool | None = None,
+    tiling: TilingConfig | dict[str, Any] | None = None,
 ) -> tuple[VisionConfig, TilingConfig]:
-    """A checkpoint's tower and tiling; the final norm follows the last layer only, unless asked."""
+    """A checkpoint's tower and tiling; the final norm follows the last layer only, unless asked.
+
+    tiling: another one, or fields that override the checkpoint's.
+    """
     if family in WHOLE:
         whole = family.model(checkpoint)
-        config, tiling = whole.vision, whole.tiling
+        config, tiles = whole.vision, whole.tiling
     else:
-        config, tiling = family.vision(checkpoint)
+        config, tiles = family.vision(checkpoint)
+    if isinstance(tiling, TilingConfig):
+        tiles = tiling
+    elif tiling:
+        tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **tiling}, "tiling")
     if feature_layer is not None:
         config = dataclasses.replace(config, vision_feature_layer=feature_layer)
         last = config.num_layers_used == config.num_hidden_layers
         config.vision_feature_norm = config.vision_feature_norm and last
     if feature_norm is not None:
         config = dataclasses.replace(config, vision_feature_norm=feature_norm)
-    return config, tiling
+    return config, tiles
 
 
 def model_config(checkpoint: Checkpoint, family: ModuleType) -> ModelConfig:

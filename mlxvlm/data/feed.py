@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -21,6 +22,7 @@ from ..cache.format import plan_of
 from ..cache.packed import PackedFeatures, unpack
 from ..errors import DataError, PictureError, VLMError
 from ..images.picture import Features, Picture
+from ..images.tiling import count_views
 from .augment import Augmentation
 from .batching import Batching, MicroBatch, Plan
 from .buckets import Batch, Group, collate, group
@@ -71,9 +73,13 @@ class Pictures:
                 kind="picture",
             )
         assert self.encoder is not None
-        if self.encoder.tiling.type == "single":
+        tiling = self.encoder.tiling
+        if tiling.type == "single":
             return 1
-        return len(self._look(name, self.limit(among)).views)
+        if isinstance(origin, Path):
+            return count_views(origin, tiling, self.limit(among))
+        with _reading(name, origin):
+            return count_views(read_bytes(origin)[0], tiling, self.limit(among))
 
     def get(self, name: str, among: int = 1) -> Picture | Features | PackedFeatures:
         """What the model takes of one of `among` pictures of a row."""
@@ -95,13 +101,8 @@ class Pictures:
         assert self.encoder is not None
         origin = self.find(name)
         if not isinstance(origin, Path):
-            try:
+            with _reading(name, origin):
                 return self.encoder.look([read_bytes(origin)[0]], max_tiles=limit)[0]
-            except (OSError, PictureError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                raise DataError(
-                    f"picture {name} ({origin}): {reason.rstrip('.')}.", kind="picture"
-                ) from None
         return self.encoder.look([origin], max_tiles=limit)[0]
 
     def views(self, found: Sequence[Picture | Features | PackedFeatures]) -> mx.array | None:
@@ -136,6 +137,18 @@ class Several(Pictures):
 
     def of(self, row: Sample, time: tuple[int, int] | None = None) -> list[Any]:
         return self.each[row.source].of(row, time)
+
+
+@contextmanager
+def _reading(name: str, origin: Origin) -> Iterator[None]:
+    """Errors that say which picture of an archive it is."""
+    try:
+        yield
+    except (OSError, PictureError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"picture {name} ({origin}): {reason.rstrip('.')}.", kind="picture"
+        ) from None
 
 
 @dataclass

@@ -35,6 +35,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Formats whose header says what size they decode to, before they are turned upright.
+WITH_SIZE = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -79,6 +81,19 @@ def open_picture(
         return _open_stream(file, _short(os.fspath(source)), max_pixels)
 
 
+def upright_size(source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of what `open_picture` gives, from the header where that is enough."""
+    if isinstance(source, str | os.PathLike) and not (isinstance(source, str) and _scheme(source)):
+        with _open_file(source) as file:
+            found = _size_in_header(file, _short(os.fspath(source)), max_pixels)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        with io.BytesIO(source) as file:
+            found = _size_in_header(file, "the picture in memory", max_pixels)
+    else:
+        found = None
+    return found or open_picture(source, max_pixels=max_pixels)[0].size
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes, as `open_picture` gives it, without decoding."""
     with _open_file(path) as file:
@@ -113,6 +128,19 @@ def _open_stream(file: IO[bytes], name: str, max_pixels: int) -> tuple[Image.Ima
     digest = _digest(file, name)
     file.seek(place)
     return _decode(image, name), digest
+
+
+def _size_in_header(file: IO[bytes], name: str, max_pixels: int) -> tuple[int, int] | None:
+    image = _identify(file, name)
+    if image.format not in WITH_SIZE:
+        return None
+    width, height = image.size
+    _check_size(image.size, max_pixels, name)
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # as in `_decode`
+        turned = False
+    return (height, width) if turned else (width, height)
 
 
 def _digest(file: IO[bytes], name: str) -> str:

@@ -1,4 +1,4 @@
-"""One square view of a picture, pixel for pixel as the encoders' own processors make it.
+"""One view of a picture, pixel for pixel as the encoders' own processors make it.
 
     squash   both sides to `size`                                  SigLIP
     crop     the shortest side to `size`, then the middle square   CLIP; LLaVA-1.5's first stage
@@ -25,7 +25,12 @@ BAND = 2**22
 
 def squash(image: Image.Image, size: int, resample: str) -> np.ndarray:
     """RGB image -> uint8 [size, size, 3], the aspect ratio given up."""
-    return np.array(_bounded(image, MAX_SIDE).resize((size, size), FILTERS[resample]))
+    return stretch(image, size, size, resample)
+
+
+def stretch(image: Image.Image, width: int, height: int, resample: str) -> np.ndarray:
+    """RGB image -> uint8 [height, width, 3], the aspect ratio given up."""
+    return np.array(_bounded(image, MAX_SIDE).resize((width, height), FILTERS[resample]))
 
 
 def crop(image: Image.Image, size: int, resample: str) -> np.ndarray:

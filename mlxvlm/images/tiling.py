@@ -1,25 +1,35 @@
 """From a picture to the views that the encoder sees.
 
-A tiling is one function of the picture, its config and the most tiles allowed; it returns the
-views and the grid (rows, columns) that they came from. A new tiling is a new function and a row in
-TILINGS.
+A tiling is two functions: of the picture, its config and the most tiles allowed to the views and
+the grid (rows, columns) that they came from; and of the picture's size alone to how many views
+those will be. A new tiling is a row in TILINGS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..config import TilingConfig
 from ..errors import ConfigError
-from . import preprocess
+from . import dynamic, preprocess
 from .colour import to_rgb
-from .open import MAX_PIXELS, Source, open_picture
+from .open import MAX_PIXELS, Source, open_picture, upright_size
 from .picture import Picture
 
-Tiling = Callable[[Image.Image, TilingConfig, int | None], tuple[list[np.ndarray], tuple[int, int]]]
+Size = tuple[int, int]
+Views = tuple[list[np.ndarray], tuple[int, int]]
+
+
+class Tiling(NamedTuple):
+    """cut: (image, config, most tiles) -> (views, grid). count: ((width, height), config, most
+    tiles) -> views that `cut` gives of a picture of that size."""
+
+    cut: Callable[[Image.Image, TilingConfig, int | None], Views]
+    count: Callable[[Size, TilingConfig, int | None], int]
 
 
 def tile(image: Image.Image, tiling: TilingConfig, max_tiles: int | None = None) -> Picture:
@@ -27,11 +37,10 @@ def tile(image: Image.Image, tiling: TilingConfig, max_tiles: int | None = None)
 
     max_tiles: at most so many tiles, for tilings that make several; None is the tiling's own limit.
     """
-    if max_tiles is not None and max_tiles < 1:
-        raise ConfigError(f"max_tiles (={max_tiles}) must be at least 1.")
+    _check_limit(max_tiles)
     if image.mode != "RGB":
         image = to_rgb(image)
-    views, grid = TILINGS[tiling.type](image, tiling, max_tiles)
+    views, grid = TILINGS[tiling.type].cut(image, tiling, max_tiles)
     return Picture(views=views, grid=grid, size=image.size)
 
 
@@ -49,10 +58,27 @@ def look(
     return picture
 
 
+def count_views(
+    source: Source, tiling: TilingConfig, max_tiles: int | None = None, max_pixels: int = MAX_PIXELS
+) -> int:
+    """How many views `look` gives, from the picture's header where that tells its size."""
+    _check_limit(max_tiles)
+    if tiling.type == "single":
+        return 1
+    return TILINGS[tiling.type].count(upright_size(source, max_pixels), tiling, max_tiles)
+
+
 def tiles_each(tiling: TilingConfig, among: int) -> int | None:
     """The most tiles that each of `among` pictures in one row of data may have; None: as many as
-    the tiling makes. A single view is never limited."""
-    return None
+    the tiling makes.
+
+    A single view is never limited. Dynamic tiles are InternVL's: a picture alone has max_tiles,
+    each of several max_tiles // among, at least one, and thumbnails are not counted (`dataset.py`
+    of internvl_chat, multi_modal_multi_image_get_item).
+    """
+    if tiling.type == "single" or among < 2:
+        return None
+    return max(1, tiling.max_tiles // among)
 
 
 def view(image: Image.Image, tiling: TilingConfig) -> np.ndarray:
@@ -65,11 +91,17 @@ def view(image: Image.Image, tiling: TilingConfig) -> np.ndarray:
     return preprocess.pad(image, size, resample, tiling.background)
 
 
-def single(
-    image: Image.Image, tiling: TilingConfig, max_tiles: int | None
-) -> tuple[list[np.ndarray], tuple[int, int]]:
+def single(image: Image.Image, tiling: TilingConfig, max_tiles: int | None) -> Views:
     """The whole picture as one view, which any max_tiles allows."""
     return [view(image, tiling)], (1, 1)
 
 
-TILINGS: dict[str, Tiling] = {"single": single}
+def _check_limit(max_tiles: int | None) -> None:
+    if max_tiles is not None and max_tiles < 1:
+        raise ConfigError(f"max_tiles (={max_tiles}) must be at least 1.")
+
+
+TILINGS: dict[str, Tiling] = {
+    "single": Tiling(single, lambda size, tiling, max_tiles: 1),
+    "dynamic": Tiling(dynamic.cut, dynamic.count),
+}

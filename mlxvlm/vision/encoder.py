@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable
 from typing import Any
@@ -150,9 +149,7 @@ class Encoder:
             "image_std": list(config.image_std),
             "pool": self.pool,
         }
-        for name, value in dataclasses.asdict(self.tiling).items():
-            identity[f"tiling.{name}"] = list(value) if isinstance(value, tuple) else value
-        return identity
+        return identity | {f"tiling.{k}": v for k, v in self.tiling.identity().items()}
 
     def pixels(self, pictures: list[Picture]) -> mx.array:
         """[views, H, W, 3] of all pictures in order, normalised, as `run` takes them."""
