@@ -38,8 +38,10 @@ def info(
         typer.echo(json.dumps({"folder": str(folder), **about}))
         return
     encoder = meta["encoder"]
+    several = totals["tilings"] > totals["pictures"]
+    tilings = f"{totals['tilings']:,} tilings of them, " if several else ""
     typer.echo(
-        f"{folder}: {totals['pictures']:,} pictures under {totals['names']:,} names, "
+        f"{folder}: {totals['pictures']:,} pictures under {totals['names']:,} names, {tilings}"
         f"{totals['views']:,} views, {amount(totals['bytes'])} in {totals['shards']:,} "
         f"shards, {meta['codec']}, {totals['bytes'] / max(1, totals['views']):,.0f} bytes a view"
     )
@@ -63,13 +65,24 @@ def verify(
         with _counting("shards") as progress:
             problems = cache.verify(progress)
         totals = cache.totals()
+        elsewhere = cache.elsewhere()
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), "damaged": problems}))
+        damaged = [
+            {"shard": found.shard, "names": found.names, "problem": found.text}
+            for found in problems
+        ]
+        told = {"folder": str(folder), "damaged": damaged, "elsewhere": elsewhere}
+        typer.echo(json.dumps(told))
     else:
         for problem in problems:
-            typer.echo(problem)
+            typer.echo(str(problem))
         if not problems:
             typer.echo(f"{folder}: {totals.pictures:,} pictures, every checksum is right.")
+        if elsewhere:
+            typer.echo(
+                f"{len(elsewhere):,} more names, such as {elsewhere[0]}, are of pictures in the "
+                "parts before this one: `mlxvlm cache merge` joins them."
+            )
     if problems:
         raise typer.Exit(1)
 
@@ -84,8 +97,11 @@ def repair(
         ),
     ],
     images: Annotated[
-        Path, typer.Option("--images", metavar="DIR", help="What names are relative to.")
-    ] = Path("."),
+        Path | None,
+        typer.Option(
+            "--images", metavar="DIR", help="What names are relative to. Default: the current one."
+        ),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
     ] = None,
@@ -108,7 +124,7 @@ def repair(
         report=lambda download: say(str(download)),
     )
     with limits.awake(), _counting("shards") as progress:
-        done = repair_cache(encoder, folder, images, progress)
+        done = repair_cache(encoder, folder, images or Path(), progress)
     if as_json:
         left = [{"what": what, "reason": reason} for what, reason in done.left]
         numbers = {"shards": done.shards, "pictures": done.pictures}
@@ -119,6 +135,8 @@ def repair(
         )
         for what, reason in done.left:
             typer.echo(f"still damaged: {what}: {reason}")
+        if done.left and images is None:
+            typer.echo("Names were looked up here: say where the pictures are with --images DIR.")
     else:
         typer.echo(f"{folder}: nothing is damaged.")
     if done.left:
@@ -176,7 +194,7 @@ def prune(
             "pictures would be dropped: mend the rows first."
         )
     with _counting("shards") as progress:
-        pruned = prune_cache(folder, (name for name, _ in sources), images, progress)
+        pruned = prune_cache(folder, ((s.name, s.among) for s in sources), images, progress)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **dataclasses.asdict(pruned)}))
         return

@@ -119,8 +119,9 @@ def cache_embeddings(
     """
     from mlxvlm.cache.codecs import codec_named
     from mlxvlm.cache.inputs import picture_sources
+    from mlxvlm.cache.jobs import distinct
     from mlxvlm.cache.parts import Part
-    from mlxvlm.cache.writer import check_folder, distinct, settle_about, write_cache
+    from mlxvlm.cache.writer import check_folder, settle_about, write_cache
 
     codec_named(codec)  # before a model is fetched
     part = Part.parse(shard) if shard else Part.launched()
@@ -146,7 +147,7 @@ def cache_embeddings(
     encoder = take(
         model, dtype=dtype, revision=revision, report=lambda download: say(str(download))
     )
-    jobs = distinct(sources[:limit])
+    jobs = distinct(sources, encoder.tiling)[:limit]
     del sources
     earlier: list[Any] = []
     if part:
@@ -204,6 +205,7 @@ def describe(summary: Summary, out: Path, bad_rows: list[tuple[str, str]]) -> di
     return {
         "out": str(out),
         "pictures": summary.total,
+        "limited": summary.limited,
         "known": summary.known,
         "encoded": summary.encoded,
         "duplicates": summary.duplicates,
@@ -226,6 +228,8 @@ def told(summary: Summary, out: Path) -> str:
     ):
         if count:
             parts.append(f"{count:,} {what}")
+    if summary.limited:
+        parts.insert(0, f"{summary.limited:,} of them in fewer tiles, for rows of several")
     return (
         f"{out}: {summary.total:,} pictures ({', '.join(parts)}), {amount(summary.bytes)} "
         f"written in {duration(summary.seconds)}."

@@ -39,6 +39,8 @@ def plan_table(plan: Plan, out: Path) -> str:
         lines.append(("bad", f"{plan.unreadable:,} of {plan.sampled:,} looked at"))
     if not plan.known:
         lines[0] = ("pictures", f"{plan.pictures:,}")
+    if plan.limited:
+        lines.insert(1, ("", f"{plan.limited:,} of them in fewer tiles, for rows of several"))
     text = [f"{name:<10}{value}" for name, value in lines]
     if not plan.options:
         return "\n".join(text)

@@ -18,6 +18,7 @@ from tiny_cache import Slicer, sha256, siglip
 
 from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.inputs import picture_sources
+from mlxvlm.cache.jobs import Named
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.config import TilingConfig
 from mlxvlm.data.feed import Pictures
@@ -82,9 +83,14 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "wds"
 
 
+def member(named: Named) -> Member:
+    assert isinstance(named.origin, Member)
+    return named.origin
+
+
 def test_members_of_a_folder_of_tars(shards):
     sources, bad = picture_sources(shards)
-    found = dict(sources)
+    found = {s.name: s.origin for s in sources}
     first, second = "part-000.tar", "sub/part-001.tar"
     assert list(found) == [
         f"{first}/000000.png",
@@ -139,11 +145,12 @@ def test_a_cache_from_tars_serves_rows_without_them(tmp_path, shards):
 
 
 def test_one_tar_names_what_its_folder_does(tmp_path, shards):
-    whole = [name for name, _ in picture_sources(shards)[0] if name.startswith("part-000.tar")]
-    alone = [n for n, _ in picture_sources(shards / "part-000.tar")[0] if n != "coco/1.png"]
+    whole = [s.name for s in picture_sources(shards)[0] if s.name.startswith("part-000.tar")]
+    alone = [s.name for s in picture_sources(shards / "part-000.tar")[0] if s.name != "coco/1.png"]
     several = picture_sources([shards / "part-000.tar", shards / "sub" / "part-001.tar"])[0]
     pattern = picture_sources(shards / "part-*.tar")[0]
-    assert alone == whole and [n for n, _ in several][:2] == whole[:2] == [pattern[0][0], whole[1]]
+    assert alone == whole
+    assert [s.name for s in several][:2] == [s.name for s in pattern][:2] == whole[:2]
     shutil.copytree(shards, tmp_path / "other")
     with pytest.raises(DataError, match="have one name"):
         picture_sources([shards / "part-000.tar", tmp_path / "other" / "part-000.tar"])
@@ -167,7 +174,7 @@ def test_a_tar_cut_short_gives_what_is_there(tmp_path, cut):
     path = pack(tmp_path / "a.tar", members)
     os.truncate(path, cut)
     sources, bad = picture_sources(path)
-    whole = [name for name, member in sources if member.offset + member.size <= cut]
+    whole = [s.name for s in sources if member(s).offset + member(s).size <= cut]
     assert len(bad) == 1 and bad[0][0] == "a.tar" and "cut short" in bad[0][1]
     if not whole:
         return
@@ -206,7 +213,7 @@ def test_a_tar_that_is_listed_stays_packed_and_takes_little_memory(tmp_path):
     path = pack(tmp_path / "a.tar", {f"{i:05}.png": b"x" for i in range(3000)})
     sources, _ = picture_sources(path)
     assert len(sources) == 3000 and os.listdir(tmp_path) == ["a.tar"]
-    assert len({id(member.tar) for _, member in sources}) == 1
+    assert len({id(member(s).tar) for s in sources}) == 1
 
 
 # Parquet
@@ -239,12 +246,12 @@ def test_a_table_of_pictures(tmp_path, table):
     sources, bad = picture_sources(tmp_path / "hub")
     name = "data/train-00000-of-00001.parquet"
     assert bad == []
-    assert [n for n, _ in sources] == [
+    assert [s.name for s in sources] == [
         f"{name}/0",
         *[n for i in (1, 2, 4, 5, 6) for n in (f"{name}/{i}", f"{i}.png")],
     ]
-    for (_, origin), seed in zip(sources, (0, 1, 1, 2, 2, 4, 4, 5, 5, 6, 6), strict=True):
-        assert read_bytes(origin)[0] == png(seed)
+    for source, seed in zip(sources, (0, 1, 1, 2, 2, 4, 4, 5, 5, 6, 6), strict=True):
+        assert read_bytes(source.origin)[0] == png(seed)
     assert read_bytes(locate(tmp_path / "hub", f"{name}/5"))[0] == png(5)
     summary = write_cache(Slicer(), sources, tmp_path / "cache", batch_size=2, shard_pictures=5)
     assert (summary.encoded, summary.duplicates) == (6, 5)
@@ -272,8 +279,8 @@ def test_lists_of_pictures_and_plain_bytes(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     sources, bad = picture_sources(tmp_path / "a.parquet")
-    assert [n for n, _ in sources] == ["a.parquet/0.0", "a.parquet/0.1"] and bad == []
-    assert [read_bytes(o)[0] for _, o in sources] == [png(0), png(1)]
+    assert [s.name for s in sources] == ["a.parquet/0.0", "a.parquet/0.1"] and bad == []
+    assert [read_bytes(s.origin)[0] for s in sources] == [png(0), png(1)]
     rows = [row for _, row in read_rows(tmp_path / "a.parquet")]
     assert [len(row.images) for row in rows] == [2, 0]
     assert rows[0].messages[-1]["content"] == "Both."
@@ -281,7 +288,7 @@ def test_lists_of_pictures_and_plain_bytes(tmp_path):
     plain = pa.table({"jpg": pa.array([png(2), None, b""]), "caption": ["a", "b", "c"]})
     pq.write_table(plain, tmp_path / "b.parquet")
     sources, bad = picture_sources(tmp_path / "b.parquet")
-    assert [n for n, _ in sources] == ["b.parquet/0", "b.parquet/2"]
+    assert [s.name for s in sources] == ["b.parquet/0", "b.parquet/2"]
     assert [where for where, _ in bad] == ["b.parquet[1]"]  # a caption of nothing
     summary = write_cache(Slicer(), sources, tmp_path / "cache")
     assert summary.failures == [("b.parquet/2", "there are no bytes in its cell")]
@@ -296,7 +303,7 @@ def test_pictures_beside_a_table(tmp_path):
     images = pa.array([{"bytes": None, "path": "0.png"}], struct)
     pq.write_table(pa.table({"image": images, "text": ["A square."]}), tmp_path / "a.parquet")
     sources, _ = picture_sources(tmp_path / "a.parquet")
-    assert dict(sources)["a.parquet/0"] == str(tmp_path / "0.png")
+    assert {s.name: s.origin for s in sources}["a.parquet/0"] == str(tmp_path / "0.png")
     assert sha256(tmp_path / "0.png") in {
         c for c in EmbeddingCache(_cached(sources, tmp_path / "cache"))
     }

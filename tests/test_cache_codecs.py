@@ -21,6 +21,7 @@ from mlxvlm.cache.calibrate import calibrate
 from mlxvlm.cache.codecs import CODECS, codec_named, describe_codec, described_codec, record_size
 from mlxvlm.cache.codecs import settled as settle
 from mlxvlm.cache.format import read_header
+from mlxvlm.cache.jobs import Job, distinct
 from mlxvlm.cache.packed import unpack
 from mlxvlm.cache.quantised import Int4, Int8
 from mlxvlm.cache.run import Summary
@@ -407,14 +408,14 @@ def test_a_part_of_a_list_is_calibrated_as_the_whole(tmp_path, pictures, views, 
     shutil.copy(pictures[1][1], pictures[2][1])
     encoder.spoil = {sha256(pictures[3][1]): float("nan")}
     write_cache(encoder, pictures, tmp_path / "whole", "int8", **SIZES)
-    found = calibrate(encoder, pictures, **SIZES)
+    found = calibrate(encoder, distinct(pictures), **SIZES)
     write_cache(encoder, pictures[5:], tmp_path / "part", "int8", whitening=found, **SIZES)
     whole, part = shards(tmp_path / "whole"), shards(tmp_path / "part")
     assert [*whole.values()][1:] == [*part.values()]
 
 
 def test_nothing_to_calibrate_on(tmp_path):
-    assert calibrate(Slicer(), [("a", tmp_path / "a")] * 7, 2, 3) is None
+    assert calibrate(Slicer(), [Job("a", tmp_path / "a")] * 7, 2, 3) is None
 
 
 @pytest.mark.parametrize("name", WHITENED)

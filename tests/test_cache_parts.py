@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from tiny_cache import Slicer, draw, listed, sha256, shards, siglip
 
 from mlxvlm.cache import EmbeddingCache
-from mlxvlm.cache.format import plan_of
+from mlxvlm.cache.format import plan_of, read_header
+from mlxvlm.cache.jobs import Named, distinct
+from mlxvlm.cache.merge import merge_caches
 from mlxvlm.cache.parts import Part
+from mlxvlm.cache.prune import prune_cache
+from mlxvlm.cache.repair import repair_cache
 from mlxvlm.cache.writer import write_cache
-from mlxvlm.data.batching import Batching
-from mlxvlm.data.feed import Feed, Pictures
-from mlxvlm.data.records import parse_record
-from mlxvlm.data.samples import prepare
+from mlxvlm.config import TilingConfig
 from mlxvlm.errors import CacheError, ConfigError
 from mlxvlm.images.picture import Picture
 
@@ -85,37 +85,28 @@ def test_a_part_without_the_other_parts_pictures(tmp_path):
 
 # Tiling plans
 
-
-class Tiles(Slicer):
-    """A stand-in for a tiling: a picture is 4 tiles and itself, or as few as its row allows."""
-
-    def look(self, images: list[bytes], max_tiles: int | None = None) -> list[Picture]:
-        pictures = super().look(images)
-        for picture in pictures:
-            tiles = min(4, max_tiles or 4)
-            view = picture.views[0]
-            picture.views = [np.roll(view, i, axis=1) for i in range(tiles + 1)]
-            picture.grid = (1, tiles)
-        return pictures
+TILES = TilingConfig("dynamic", 32, max_tiles=4)
 
 
-def tiles_each(among: int) -> int | None:
-    return None if among == 1 else max(1, 4 // among)
+def tiled(pictures: list[tuple[str, Path]], among: int) -> list[Named]:
+    return [Named(name, path, among) for name, path in pictures]
 
 
 def test_a_picture_under_two_plans(tmp_path):
-    pictures = draw(tmp_path / "pictures", 7)
+    """InternVL gives a picture in a row of several fewer tiles."""
+    pictures = draw(tmp_path / "pictures", 7, width=90)
     out = tmp_path / "cache"
-    write_cache(Tiles(), pictures, out, **SIZES)
-    before = shards(out)
-    summary = write_cache(Tiles(), pictures[2:5], out, max_tiles=2)
-    assert (summary.known, summary.encoded, summary.views) == (0, 3, 9)
-    after = shards(out)
-    assert {name: after[name] for name in before} == before
-    assert write_cache(Tiles(), pictures[2:5], out, max_tiles=2).known == 3
-    assert write_cache(Tiles(), pictures, out).known == 7
+    encoder = siglip(tiling=TILES)
+    rows = [*tiled(pictures, 1), *tiled(pictures[2:5], 2)]
+    summary = write_cache(encoder, rows, out, **SIZES)
+    assert (summary.total, summary.limited, summary.encoded) == (10, 3, 10)
+    assert summary.views == 7 * 5 + 3 * 3  # four tiles or two, and a thumbnail
+    assert write_cache(encoder, rows, out).known == 10
     for _ in range(2):
         with EmbeddingCache.open(out) as cache:
+            totals = cache.totals()
+            assert (len(cache), totals.tilings, totals.names, totals.views) == (7, 10, 7, 44)
+            assert list(cache.names()) == [name for name, _ in pictures]
             for i, (name, path) in enumerate(pictures):
                 for limit in (None, 2):
                     plan = plan_of(limit)
@@ -123,60 +114,161 @@ def test_a_picture_under_two_plans(tmp_path):
                         with pytest.raises(CacheError, match="not under the tiling plan 'max-ti"):
                             cache.get(name, plan)
                         continue
-                    look = Tiles().look([path.read_bytes()], limit)
-                    for want, got in zip(
-                        Tiles().encode(look)[0].views, cache.get(name, plan).views, strict=True
-                    ):
-                        np.testing.assert_array_equal(np.array(want), got)
-                    assert cache.num_views(sha256(path), plan) == (limit or 4) + 1
+                    (want,) = encoder.encode(encoder.look([path.read_bytes()], limit))
+                    got = cache.get(name, plan)
+                    assert got.grid == want.grid and len(got.views) == (limit or 4) + 1
+                    for one, other in zip(want.views, got.views, strict=True):
+                        np.testing.assert_allclose(np.array(one), other, atol=1e-5)
+                    assert cache.num_views(sha256(path), plan) == len(got.views)
             assert cache.verify() == []
         (out / "index.sqlite").unlink()
 
 
-def test_one_picture_in_rows_of_one_and_of_three_trains(tmp_path):
-    """InternVL gives a picture in a row of several fewer tiles."""
-    from tiny_vlm import tiny_vlm
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_a_tiled_input_in_parts_and_in_two_goes(tmp_path, codec):
+    pictures = draw(tmp_path / "pictures", 9, width=90)
+    pictures[4][1].write_bytes(b"not a picture")
+    rows = [*tiled(pictures, 1), *tiled(pictures[1:8], 3)]
+    encoder = siglip(tiling=TILES)
+    write_cache(encoder, rows, tmp_path / "whole", codec, **SIZES)
+    parts = []
+    for number in (1, 2):
+        earlier, own = Part(number, 2).cut(distinct(rows, TILES), 5)
+        parts.append(tmp_path / f"part-{number}")
+        write_cache(encoder, own, parts[-1], codec, earlier=earlier, **SIZES)
+    joined = [data for part in parts for data in shards(part).values()]
+    assert joined == list(shards(tmp_path / "whole").values())
+    # A name is done when each of its plans is.
+    first = write_cache(encoder, rows[:9], tmp_path / "goes", codec, **SIZES)
+    assert (first.encoded, len(first.failures)) == (8, 1)
+    second = write_cache(encoder, rows, tmp_path / "goes", codec)
+    assert (second.known, second.encoded, len(second.failures)) == (8, 6, 2)
+    with EmbeddingCache.open(tmp_path / "goes") as cache:
+        names = [name for name, _ in cache.failures()]
+        assert names == ["004.png", "004.png (in at most 1 tiles)"]
 
-    from mlxvlm.train.losses import batch_loss, count
 
-    vlm = tiny_vlm()
-    width = vlm.config.vision.hidden_size
-    tokens = vlm.config.vision.num_tokens
+def test_many_views_end_a_batch(tmp_path):
+    class Counted(Slicer):
+        tiling = None
 
-    class Wide(Tiles):
-        """Its views are as the projector takes them."""
+        def look(self, images: list[bytes]) -> list[Picture]:
+            (picture,) = super().look(images)
+            picture.views = picture.views[:1] * 20
+            return [picture]
 
-        def _view(self, view: np.ndarray, sha256: str | None) -> mx.array:
-            return mx.array(np.resize(view.astype(np.float32) / 255, (tokens, width)))
+    pictures = draw(tmp_path / "pictures", 7)
+    encoder = Counted()
+    write_cache(encoder, pictures, tmp_path / "cache", batch_size=8)
+    assert encoder.batches == [2, 2, 2, 1]
+    path = tmp_path / "cache" / "shards" / "shard-000000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    encoder = Counted()
+    done = repair_cache(encoder, tmp_path / "cache", tmp_path / "pictures")
+    assert done.pictures == 1 and path.read_bytes() == whole and encoder.batches == [1]
 
+
+@pytest.mark.parametrize("damage", ["record", "header"])
+def test_repair_knows_the_plan(tmp_path, damage):
+    pictures = draw(tmp_path / "pictures", 4, width=90)
+    encoder = siglip(tiling=TILES)
+    out = tmp_path / "cache"
+    write_cache(encoder, [*tiled(pictures, 1), *tiled(pictures, 2)], out, batch_size=3)
+    whole = shards(out)
+    path = out / "shards" / "shard-000000.safetensors"
+    data = bytearray(path.read_bytes())
+    header = read_header(path)
+    data[header.rows[-1].views[1].offset if damage == "record" else 60] ^= 1
+    path.write_bytes(data)
+    with EmbeddingCache.open(out) as cache:
+        problems = cache.verify()
+        assert problems and {p.shard for p in problems} == {path.name}
+    done = repair_cache(encoder, out, tmp_path / "pictures")
+    assert done.left == [] and done.pictures == (1 if damage == "record" else 8)
+    if damage == "record":
+        assert shards(out) == whole
+    with EmbeddingCache.open(out) as cache:
+        assert cache.verify() == [] and cache.totals().tilings == 8
+
+
+def test_prune_keeps_by_picture_and_plan(tmp_path):
+    pictures = draw(tmp_path / "pictures", 4, width=90)
+    shutil.copy(pictures[0][1], tmp_path / "pictures" / "twin.png")
+    twin = ("twin.png", tmp_path / "pictures" / "twin.png")
+    encoder = siglip(tiling=TILES)
+    out = tmp_path / "cache"
+    write_cache(encoder, [*tiled([*pictures, twin], 1), *tiled(pictures[:3], 2)], out, **SIZES)
+    with EmbeddingCache.open(out) as cache:
+        few = [view.tobytes() for view in cache.get("000.png", plan_of(2)).views]
+    done = prune_cache(out, [("twin.png", 2), ("001.png", 1)])
+    assert (done.kept, done.dropped) == (2, 5)
+    for _ in range(2):
+        with EmbeddingCache.open(out) as cache:
+            assert [v.tobytes() for v in cache.get("twin.png", plan_of(2)).views] == few
+            assert [v.tobytes() for v in cache.get("000.png", plan_of(2)).views] == few
+            with pytest.raises(CacheError, match="not under the tiling plan 'default'"):
+                cache["000.png"]
+            assert len(cache["001.png"].views) == 5 and "002.png" not in cache
+            assert cache.verify() == [] and len(cache) == 2
+        (out / "index.sqlite").unlink()
+
+
+# What a part only names
+
+
+def test_an_unmerged_part_has_lost_nothing(tmp_path):
+    pictures = draw(tmp_path / "pictures", 10)
+    shutil.copy(pictures[0][1], pictures[8][1])
+    for number in (1, 2):
+        earlier, own = Part(number, 2).cut(pictures, 5)
+        write_cache(Slicer(), own, tmp_path / f"{number}", earlier=distinct(earlier), **SIZES)
+    with EmbeddingCache.open(tmp_path / "2") as cache:
+        assert cache.verify() == [] and cache.elsewhere() == ["008.png"]
+    # Its own damage is still told.
+    path = tmp_path / "2" / "shards" / "shard-000000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with EmbeddingCache.open(tmp_path / "2") as cache:
+        names = sorted(name for problem in cache.verify() for name in problem.names)
+        assert names == ["005.png", "006.png", "007.png", "008.png", "009.png"]
+    path.write_bytes(whole)
+    merge_caches(tmp_path / "all", [tmp_path / "1", tmp_path / "2"])
+    with EmbeddingCache.open(tmp_path / "all") as cache:
+        assert cache.verify() == [] and cache.elsewhere() == [] and cache["008.png"].views
+
+
+def test_parts_merged_into_a_later_one(tmp_path):
+    pictures = draw(tmp_path / "pictures", 10)
+    shutil.copy(pictures[0][1], pictures[8][1])
+    for number in (1, 2):
+        earlier, own = Part(number, 2).cut(pictures, 5)
+        write_cache(Slicer(), own, tmp_path / f"{number}", earlier=distinct(earlier), **SIZES)
+    merge_caches(tmp_path / "2", [tmp_path / "1"])
+    assert not (tmp_path / "2" / "part.json").exists()
+    with EmbeddingCache.open(tmp_path / "2") as cache:
+        assert cache.verify() == [] and cache.elsewhere() == []
+
+
+# A failure hides nothing
+
+
+def test_a_failure_in_a_later_cache_hides_no_picture(tmp_path):
     pictures = draw(tmp_path / "pictures", 3)
-    names = [name for name, _ in pictures]
-    raw: list[dict[str, Any]] = [
-        {"image": names[0], "text": "one"},
-        {
-            "images": names,
-            "messages": [
-                {"role": "user", "content": "which?"},
-                {"role": "assistant", "content": "the first"},
-            ],
-        },
-    ]
-    records = [(f"row {i}", parse_record(row, f"row {i}")) for i, row in enumerate(raw)]
-    write_cache(Wide(), pictures, tmp_path / "cache")
-    write_cache(Wide(), pictures, tmp_path / "cache", max_tiles=tiles_each(3))
-    with EmbeddingCache.open(tmp_path / "cache") as cache:
-        source = Pictures(None, tmp_path, cache, tiles_each)
-        samples, skipped = prepare(
-            records, vlm.tokenizer, vlm.config, source.count_views, max_seq_length=4096
-        )
-        assert skipped == []
-        feed = Feed(samples, source, Batching(1))
-        views = []
-        step = nn.value_and_grad(vlm, batch_loss)
-        for batch, found in feed.once():
-            assert batch is not None
-            features = source.views(found)
-            views.append((len(batch.images), features.shape[0]))
-            (loss, _), _ = step(vlm, batch, features, {}, count([batch]))
-            assert np.isfinite(loss.item())
-        assert not feed.failed and sorted(views) == [(1, 5), (3, 6)]
+    write_cache(Slicer(), pictures, tmp_path / "a", **SIZES)
+    sound = pictures[1][1].read_bytes()
+    pictures[1][1].write_bytes(b"not a picture")
+    write_cache(Slicer(), pictures, tmp_path / "b", **SIZES)
+    merge_caches(tmp_path / "all", [tmp_path / "a", tmp_path / "b"])
+    for _ in range(2):
+        with EmbeddingCache.open(tmp_path / "all") as cache:
+            assert cache["001.png"].views and cache.failures() == [] and cache.verify() == []
+        (tmp_path / "all" / "index.sqlite").unlink()
+    # One that broke since is told at each run, and costs no shard.
+    before = shards(tmp_path / "all")
+    for _ in range(2):
+        summary = write_cache(Slicer(), pictures, tmp_path / "all")
+        assert [name for name, _ in summary.failures] == ["001.png"] and summary.known == 2
+        assert shards(tmp_path / "all") == before
+    pictures[1][1].write_bytes(sound)
+    assert write_cache(Slicer(), pictures, tmp_path / "all").failures == []

@@ -11,8 +11,9 @@ import pytest
 from tiny_cache import Slicer, draw, shards, siglip
 
 from mlxvlm.cache.codecs import CODECS
+from mlxvlm.cache.jobs import distinct
 from mlxvlm.cache.plan import Plan, make_plan, size
-from mlxvlm.cache.writer import distinct, write_cache
+from mlxvlm.cache.writer import write_cache
 from mlxvlm.errors import CacheError
 
 SIZES: dict[str, Any] = {"batch_size": 4, "shard_pictures": 9}
@@ -95,7 +96,7 @@ def test_sizes_read_well():
 
 
 def test_a_large_plan_is_refused_with_what_is_smaller():
-    plan = Plan(9, 0, 9, 100, 0.0, 199, "bf16", "none")
+    plan = Plan(9, 0, 0, 9, 100, 0.0, 199, "bf16", "none")
     with pytest.raises(CacheError, match="--yes to go ahead, or name another disk\\.$"):
         plan.refuse_if_too_large(Path("x"))
     plan.free = 200

@@ -198,7 +198,9 @@ def test_info_and_verify(tmp_path):
     done = command("cache", "verify", tmp_path / "cache")
     assert done.exit_code == 1 and "003.png in shard" in done.stdout
     found = json.loads(command("cache", "verify", tmp_path / "cache", "--json").stdout)
-    assert len(found["damaged"]) == 1 and "shard-000001" in found["damaged"][0]
+    (one,) = found["damaged"]
+    assert (one["shard"], one["names"]) == ("shard-000001.safetensors", ["003.png"])
+    assert "do not match" in one["problem"] or "does not match" in one["problem"]
     assert command("cache", "info", tmp_path / "nowhere").exit_code == 1
 
 
@@ -270,6 +272,9 @@ def test_upkeep(tmp_path, model):
     repair = ("cache", "repair", cache, "-m", model, "--images")
     done = command(*repair, tmp_path)
     assert done.exit_code == 1 and "still damaged: 004.png: No such file" in done.stdout
+    assert "--images" not in done.stdout
+    done = command(*repair[:-1])
+    assert done.exit_code == 1 and "say where the pictures are with --images" in done.stdout
     done = command(*repair, tmp_path / "pictures")
     assert done.exit_code == 0 and "1 pictures encoded again in 1 damaged shards" in done.stdout
     assert shard.read_bytes() == whole

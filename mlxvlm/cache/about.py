@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..config import TilingConfig
 from ..durable import write_whole
 from ..errors import CacheError
 from .format import SHARDS, canonical, list_shards, read_header
@@ -43,6 +44,13 @@ def read_about(folder: Path) -> dict[str, Any]:
         f"{folder} holds no embedding cache: make one with "
         "`mlxvlm cache-embeddings DATA --out DIR`."
     )
+
+
+def tiling_of(about: dict[str, Any]) -> TilingConfig | None:
+    """The tiling of the encoder that made a cache, as far as its features depend on it."""
+    mark = "tiling."
+    fields = {k.removeprefix(mark): v for k, v in about["encoder"].items() if k.startswith(mark)}
+    return TilingConfig(**fields) if fields else None
 
 
 def is_cache_json(folder: Path) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..images.picture import Picture
 from . import shard
+from .jobs import Job, is_full
 from .loader import Loader
-from .run import Job, host
+from .run import host
 from .whitening import Calibration, Unfit, Whitening
 
 
@@ -24,25 +25,29 @@ def calibrate(
     shard_pictures: int,
     workers: int = 2,
 ) -> Whitening | None:
-    """What the first shard of `jobs`, (name, origin) in order, would be calibrated on; in the same
-    batches, so to the last bit. None if no picture of `jobs` can be encoded."""
-    seen: set[str] = set()
+    """What the first shard of `jobs`, in order, would be calibrated on; in the same batches, so to
+    the last bit. None if no picture of `jobs` can be encoded."""
+    seen: set[tuple[str, str]] = set()
     calibration = Calibration()
-    loader = Loader(encoder, seen.__contains__, workers, depth=2 * batch_size + workers)
+    loader = Loader(
+        encoder, lambda *content: content in seen, workers, depth=2 * batch_size + workers
+    )
     try:
         loaded = loader.load(jobs)
         for _ in range(0, len(jobs), shard_pictures):
             batch: list[Picture] = []
+            views = 0
             for one in islice(loaded, shard_pictures):
-                if one.source.sha256 is None or one.source.sha256 in seen:
+                if one.source.sha256 is None or (one.source.sha256, one.source.plan) in seen:
                     continue
                 assert one.picture is not None
-                seen.add(one.source.sha256)
+                seen.add((one.source.sha256, one.source.plan))
                 batch.append(one.picture)
-                if len(batch) == batch_size:
+                views += len(one.picture.views)
+                if is_full(len(batch), views, batch_size):
                     if _full(calibration, encoder, batch):
                         return calibration.whitening()
-                    batch = []
+                    batch, views = [], 0
             if (batch and _full(calibration, encoder, batch)) or calibration.views:
                 return calibration.whitening()
     finally:

@@ -13,7 +13,8 @@ header can change unseen; each record has its crc32 in `rows`, so that no bit of
 can be decoded alone; their records are several tensors, `<view>.scale` and such beside `<view>`.
 `about` repeats cache.json: a shard knows what it is, and a lost cache.json can be rebuilt.
 `sources` names every picture of the shard's stretch of the input, those stored in an earlier shard
-under the same content too: with them names resolve without the pictures and without the index.
+under the same content too: with them names resolve without the pictures and without the index. A
+name that rows give to a picture under two tiling plans is there for each.
 """
 
 from __future__ import annotations
@@ -64,13 +65,15 @@ class Row:
 
 @dataclass
 class Source:
-    """A name in the input; `sha256` is None and `reason` says why where it could not be cached."""
+    """A name in the input, and the tiling plan of the rows that it is in; `sha256` is None and
+    `reason` says why where it could not be cached."""
 
     name: str
     size: int | None
     mtime_ns: int | None
     sha256: str | None = None
     reason: str = ""
+    plan: str = PLAN
 
 
 @dataclass
@@ -114,8 +117,8 @@ def build_header(header: Header, codec: Codec, reserved: int = 0) -> bytes:
                     "data_offsets": [at, at + length],
                 }
                 at += length
-    good = [[s.name, s.size, s.mtime_ns, s.sha256] for s in header.sources if s.sha256]
-    bad = [[s.name, s.size, s.mtime_ns, s.reason] for s in header.sources if not s.sha256]
+    good = [_listed(s, s.sha256) for s in header.sources if s.sha256]
+    bad = [_listed(s, s.reason) for s in header.sources if not s.sha256]
     metadata = {
         "digest": "0" * 64,
         "about": canonical(header.about),
@@ -174,6 +177,12 @@ def limit_of(plan: str) -> int | None:
     return None if plan == PLAN else int(plan.removeprefix(_LIMIT))
 
 
+def told(source: Source) -> str:
+    """A source as people read it: its name, and its tiling plan if that is not the usual one."""
+    limit = limit_of(source.plan)
+    return source.name if limit is None else f"{source.name} (in at most {limit} tiles)"
+
+
 def list_shards(folder: Path) -> dict[int, str]:
     """Number -> file name of the finished shards, in order."""
     try:
@@ -211,10 +220,18 @@ def _parse(raw: bytes) -> Header:
     for sha256, plan, grid, size, views in json.loads(metadata["rows"]):
         found = [View(start + v[0], v[1], v[2], (v[3][0], v[3][1])) for v in views]
         rows.append(Row(sha256, plan, (grid[0], grid[1]), tuple(size) if size else None, found))
-    sources = [Source(n, s, t, sha) for n, s, t, sha in json.loads(metadata["sources"])]
-    sources += [Source(n, s, t, None, why) for n, s, t, why in json.loads(metadata["failures"])]
+    found = json.loads(metadata["sources"])
+    sources = [Source(n, s, t, sha, "", *plan) for n, s, t, sha, *plan in found]
+    found = json.loads(metadata["failures"])
+    sources += [Source(n, s, t, None, why, *plan) for n, s, t, why, *plan in found]
     about = json.loads(metadata["about"])
     return Header(about, rows, sources, start, described=metadata["codec"])
+
+
+def _listed(source: Source, what: str | None) -> list[Any]:
+    """A source in a header; its plan only where it is not the usual one."""
+    plan = [] if source.plan == PLAN else [source.plan]
+    return [source.name, source.size, source.mtime_ns, what, *plan]
 
 
 def _with_digest(raw: bytes, digest: str) -> bytes:

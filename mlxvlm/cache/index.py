@@ -3,7 +3,8 @@
 It is compared with the shards' names, sizes and times when it is opened, and brought up to date or
 rebuilt where they disagree. Each row carries a crc32 of itself, so that a damaged index is noticed
 at the row that is read and never sends anyone to a wrong record. Names in a later shard win over
-those in an earlier one; of two records of one picture the earlier is used.
+those in an earlier one, but a failure never over a picture; of two records of one picture under one
+tiling plan the earlier is used.
 
 A damaged key hides its row, so that "not there" needs the whole index to be sound. A writer that
 is done seals it with a crc32 of the file, kept in the file's own header: checking a million rows
@@ -17,9 +18,6 @@ import json
 import os
 import sqlite3
 import threading
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,35 +36,31 @@ from .format import (
     read_header,
     shard_name,
 )
+from .integrity import IndexDamaged, checksum, crc, sound, trouble
 from .lock import CacheBusy, WriterLock
 
 INDEX = "index.sqlite"
-SCHEMA = 1
+SCHEMA = 2
 KNOWN = " The index has the names of its pictures."
-# Bytes of a database's header: the change counter, user_version, and what repeats the counter.
-_UNSEALED = ((24, 28), (60, 64), (92, 100))
 _TABLES = """
 CREATE TABLE about (schema INTEGER, about TEXT);
 CREATE TABLE shards (number INTEGER PRIMARY KEY, name TEXT, size INTEGER, mtime_ns INTEGER,
     pictures INTEGER, views INTEGER, problem TEXT, crc INTEGER);
 CREATE TABLE pictures (sha256 TEXT, plan TEXT, shard INTEGER, row TEXT, crc INTEGER,
     PRIMARY KEY (sha256, plan)) WITHOUT ROWID;
-CREATE TABLE names (name TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT,
-    reason TEXT, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE names (name TEXT, size INTEGER, mtime_ns INTEGER, sha256 TEXT, reason TEXT, plan TEXT,
+    shard INTEGER, crc INTEGER, PRIMARY KEY (name, plan)) WITHOUT ROWID;
 CREATE INDEX failed ON names (name) WHERE sha256 IS NULL;
 """
 
 
-class IndexDamaged(Exception):
-    """The index cannot be believed: rebuild it. Never reaches a user."""
-
-
 @dataclass
 class Totals:
-    """What a cache holds."""
+    """What a cache holds. tilings: pictures, each as often as it has tiling plans."""
 
     shards: int
     pictures: int
+    tilings: int
     views: int
     bytes: int
     names: int
@@ -149,6 +143,26 @@ class Index:
         return cls(folder, about, folder / INDEX)
 
     @classmethod
+    def open_sound(cls, folder: Path, about: dict[str, Any], mending: bool = False) -> Index:
+        """For the holder of the lock, to rely on: checked whole, and without damaged shards unless
+        they are being mended."""
+        index = cls.open_for_writing(folder, about)
+        try:
+            try:
+                index.check()
+            except IndexDamaged:
+                index.close()
+                index = cls.open_for_writing(folder, about, distrust=True)
+            problems = {} if mending else index.problems()
+        except BaseException:
+            index.close()
+            raise
+        if problems:
+            index.close()
+            raise CacheError("\n".join(problems.values()))
+        return index
+
+    @classmethod
     def _existing(cls, folder: Path, about: dict[str, Any]) -> Index | None:
         if not (folder / INDEX).exists():
             return None
@@ -169,10 +183,14 @@ class Index:
 
     # Lookups
 
-    def name(self, name: str) -> Source | None:
-        """What is known of a name, be it a picture's or a failure's."""
-        found = self._ask("SELECT * FROM names WHERE name = ?", name)
-        return Source(*_sound(found[0])) if found else None
+    def name(self, name: str, plan: str = PLAN) -> Source | None:
+        """What is known of a name under a plan, be it a picture's or a failure's."""
+        found = self._ask("SELECT * FROM names WHERE name = ? AND plan = ?", name, plan)
+        return _source(found[0]) if found else None
+
+    def named(self, name: str) -> list[Source]:
+        """What is known of a name under every plan."""
+        return [_source(row) for row in self._ask("SELECT * FROM names WHERE name = ?", name)]
 
     def has(self, sha256: str, plan: str = PLAN) -> bool:
         return bool(self._ask("SELECT 1 FROM pictures WHERE sha256 = ? AND plan = ?", sha256, plan))
@@ -182,7 +200,7 @@ class Index:
         found = self._ask("SELECT * FROM pictures WHERE sha256 = ? AND plan = ?", sha256, plan)
         if not found:
             return None
-        sha256, plan, shard, text = _sound(found[0])
+        sha256, plan, shard, text = sound(found[0])
         grid, size, views = json.loads(text)
         rows = [View(v[0], v[1], v[2], (v[3][0], v[3][1])) for v in views]
         size = (size[0], size[1]) if size else None
@@ -195,34 +213,35 @@ class Index:
 
     def names(self, after: str = "") -> list[str]:
         """The next few thousand names, those of failures included, in order."""
-        sql = "SELECT name FROM names WHERE name > ? ORDER BY 1 LIMIT 4096"
+        sql = "SELECT DISTINCT name FROM names WHERE name > ? ORDER BY 1 LIMIT 4096"
         return [name for (name,) in self._ask(sql, after)]
 
     def failures(self) -> list[Source]:
         found = self._ask("SELECT * FROM names WHERE sha256 IS NULL ORDER BY name")
-        return [Source(*_sound(row)) for row in found]
+        return [_source(row) for row in found]
 
-    def lost(self) -> list[str]:
-        """Names of stored pictures whose shard is gone or damaged."""
+    def lost(self) -> list[tuple[int, Source]]:
+        """(shard that names it, name) of stored pictures that no sound shard has."""
         sql = (
-            "SELECT name FROM names WHERE sha256 IS NOT NULL "
-            "AND sha256 NOT IN (SELECT sha256 FROM pictures) ORDER BY name"
+            "SELECT * FROM names n WHERE sha256 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM pictures "
+            "p WHERE p.sha256 = n.sha256 AND p.plan = n.plan) ORDER BY name"
         )
-        return [name for (name,) in self._ask(sql)]
+        return [(row[-2], _source(row)) for row in self._ask(sql)]
 
-    def without(self, shards: list[int]) -> list[tuple[str, str]]:
-        """(name, sha256) of stored pictures that are in no shard but these, as they lie there."""
+    def without(self, shards: list[int]) -> list[Source]:
+        """Names of stored pictures that are in no shard but these, as they lie there."""
         marks = ", ".join("?" * len(shards))
         sql = (
             "SELECT n.*, p.shard, p.row FROM names n LEFT JOIN pictures p ON p.sha256 = n.sha256 "
-            f"WHERE n.sha256 IS NOT NULL AND (p.shard IS NULL OR p.shard IN ({marks}))"
+            "AND p.plan = n.plan WHERE n.sha256 IS NOT NULL "
+            f"AND coalesce(p.shard, n.shard) IN ({marks})"
         )
         found = []
         for *name, shard, row in self._ask(sql, *shards):
-            source = Source(*_sound(tuple(name)))
+            source = _source(tuple(name))
             offset = json.loads(row)[2][0][0] if row else 0
-            found.append((-1 if shard is None else shard, offset, source.name, source.sha256))
-        return [(name, sha256) for *_, name, sha256 in sorted(found)]
+            found.append((-1 if shard is None else shard, offset, source.name, source.plan, source))
+        return [source for *_, source in sorted(found, key=lambda one: one[:-1])]
 
     def problems(self) -> dict[int, str]:
         """Shard number -> what is wrong with it, for the shards that could not be taken in."""
@@ -232,17 +251,18 @@ class Index:
         shards = self._stored().values()
         return Totals(
             shards=len(shards),
-            pictures=sum(row[4] for row in shards),
+            pictures=self._ask("SELECT count(DISTINCT sha256) FROM pictures")[0][0],
+            tilings=sum(row[4] for row in shards),
             views=sum(row[5] for row in shards),
             bytes=sum(row[2] for row in shards),
-            names=self._ask("SELECT count(*) FROM names")[0][0],
+            names=self._ask("SELECT count(DISTINCT name) FROM names")[0][0],
             failures=self._ask("SELECT count(*) FROM names WHERE sha256 IS NULL")[0][0],
         )
 
     def seal(self) -> None:
         """Notes the file's checksum, for `check`. What is added later breaks the seal."""
-        with self._lock, _trouble():
-            seal = _checksum(Path(self.path))
+        with self._lock, trouble():
+            seal = checksum(Path(self.path))
             self._db.execute(f"PRAGMA user_version = {seal}")
 
     def check(self) -> None:
@@ -254,16 +274,16 @@ class Index:
         pictures = sum(row[4] for row in self._stored().values())
         if self._ask("SELECT count(*) FROM pictures") != [(pictures,)]:
             raise IndexDamaged
-        with self._lock, _trouble():
+        with self._lock, trouble():
             for table in ("pictures", "names"):
                 for row in self._db.execute(f"SELECT * FROM {table}"):
-                    _sound(row)
+                    sound(row)
 
     def _sealed(self) -> bool:
         if self.path == ":memory:":
             return True  # made from the shards by this process
         try:
-            return self._ask("PRAGMA user_version") == [(_checksum(Path(self.path)),)]
+            return self._ask("PRAGMA user_version") == [(checksum(Path(self.path)),)]
         except OSError:
             return False  # being replaced
 
@@ -290,7 +310,7 @@ class Index:
             before, after = old._stored(), self._stored()
             with self._lock, self._db:
                 for row in old._ask("SELECT * FROM names WHERE sha256 IS NOT NULL"):
-                    self._insert("names", _sound(row), "IGNORE")
+                    self._insert("names", sound(row), "IGNORE")
                 for number, (*shard, problem) in after.items():
                     was = before.get(number)
                     if problem and was and (was[-1] or KNOWN).endswith(KNOWN):
@@ -319,7 +339,7 @@ class Index:
             )
         stored = [row for row in header.rows if self._insert_picture(number, row)]
         for s in header.sources:
-            self._insert("names", (s.name, s.size, s.mtime_ns, s.sha256, s.reason))
+            self._insert_name(number, s)
         views = sum(len(row.views) for row in stored)
         self._insert("shards", (*shard, len(stored), views, None))
 
@@ -328,10 +348,18 @@ class Index:
         text = canonical([list(row.grid), list(row.size) if row.size else None, views])
         return self._insert("pictures", (row.sha256, row.plan, number, text), "IGNORE")
 
+    def _insert_name(self, number: int, s: Source) -> None:
+        # What failed later, or in another cache that was merged, hides nothing that is there.
+        if s.sha256 is None:
+            sql = "SELECT 1 FROM names WHERE name = ? AND plan = ? AND sha256 IS NOT NULL"
+            if self._db.execute(sql, (s.name, s.plan)).fetchone():
+                return
+        self._insert("names", (s.name, s.size, s.mtime_ns, s.sha256, s.reason, s.plan, number))
+
     def _insert(self, table: str, values: tuple[Any, ...], conflict: str = "REPLACE") -> bool:
         marks = ", ".join("?" * (len(values) + 1))
         sql = f"INSERT OR {conflict} INTO {table} VALUES ({marks})"
-        return self._db.execute(sql, (*values, _crc(values))).rowcount > 0
+        return self._db.execute(sql, (*values, crc(values))).rowcount > 0
 
     def _state(self) -> str:
         """ "current"; "behind" where new shards follow those that are known; else "wrong"."""
@@ -356,43 +384,16 @@ class Index:
         return (state.st_size, state.st_mtime_ns) == (row[2], row[3])
 
     def _stored(self) -> dict[int, tuple[Any, ...]]:
-        return {row[0]: _sound(row) for row in self._ask("SELECT * FROM shards ORDER BY number")}
+        return {row[0]: sound(row) for row in self._ask("SELECT * FROM shards ORDER BY number")}
 
     def _ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, _trouble():
+        with self._lock, trouble():
             return self._db.execute(sql, values).fetchall()
 
 
-@contextmanager
-def _trouble() -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # it may quote what is damaged
-        raise IndexDamaged from error
-
-
-def _checksum(path: Path) -> int:
-    """crc32 of a database as a signed number, without what setting user_version changes."""
-    total = 0
-    with open(path, "rb") as file:
-        head = bytearray(file.read(100))
-        for start, stop in _UNSEALED:
-            head[start:stop] = bytes(stop - start)
-        total = zlib.crc32(head)
-        while piece := file.read(1 << 20):
-            total = zlib.crc32(piece, total)
-    return total - (1 << 32) if total >> 31 else total
-
-
-def _crc(values: tuple[Any, ...]) -> int:
-    return zlib.crc32(repr(values).encode("utf-8", "surrogatepass"))
-
-
-def _sound(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row without its crc32, which must be right."""
-    if _crc(row[:-1]) != row[-1]:
-        raise IndexDamaged
-    return row[:-1]
+def _source(row: tuple[Any, ...]) -> Source:
+    """A row of names, which must be sound."""
+    return Source(*sound(row)[:-1])
 
 
 def _remove(path: Path) -> None:

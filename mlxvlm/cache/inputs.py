@@ -16,8 +16,8 @@ from ..data.sources import (
     read_rows,
 )
 from ..errors import DataError
+from .jobs import Named
 
-Sources = list[tuple[str, Origin]]
 BadRows = list[tuple[str, str]]
 
 
@@ -25,8 +25,11 @@ def picture_sources(
     data: str | Path | list[Path],
     images: str | Path | None = None,
     trust_names: bool = False,
-) -> tuple[Sources, BadRows]:
-    """((name, origin) of each picture, in order of first appearance; (where, reason) of bad rows).
+) -> tuple[list[Named], BadRows]:
+    """(pictures in order of first appearance, (where, reason) of bad rows).
+
+    A picture that is in rows of one and in rows of three is there for each: for the first such row
+    in its place, for others at the end.
 
     data: a folder of pictures; rows as training reads them (.json, .jsonl, or a folder with
         train.jsonl or train.json); WebDataset tars or parquet, one, or a folder of them. Several
@@ -35,16 +38,20 @@ def picture_sources(
         the data have them, so that training looks them up as they are.
     trust_names: the pictures themselves need not be there.
     """
-    found: dict[str, Origin] = {}
+    found: dict[str, Named] = {}
+    more: dict[tuple[str, int], Named] = {}
     bad: BadRows = []
     archives: dict[str, Path] = {}
     for one in data if isinstance(data, list) else [data]:
-        for name, origin in _sources(Path(one), images, trust_names, bad, archives):
-            found.setdefault(name, origin)
+        for named in _sources(Path(one), images, trust_names, bad, archives):
+            first = found.setdefault(named.name, named)
+            if first.among != named.among:
+                key = named.name, named.among
+                more.setdefault(key, Named(named.name, first.origin, named.among))
     if not found:
         reason = f" ({len(bad):,} rows are bad; {bad[0][0]}: {bad[0][1]})" if bad else ""
         raise DataError(f"{data} names no pictures{reason}: there is nothing to cache.")
-    return list(found.items()), bad
+    return [*found.values(), *more.values()], bad
 
 
 def _sources(
@@ -53,11 +60,12 @@ def _sources(
     trust_names: bool,
     bad: BadRows,
     archives: dict[str, Path],
-) -> Iterator[tuple[str, Origin]]:
+) -> Iterator[Named]:
     if data.is_dir() and not any((data / name).is_file() for name in MAIN_ROWS):
         pictures = list_pictures(data)
         if pictures:
-            yield from ((path.relative_to(data).as_posix(), str(path)) for path in pictures)
+            for path in pictures:
+                yield Named(path.relative_to(data).as_posix(), str(path))
             return
     top, inside = archives_of(data)
     for archive in inside:
@@ -82,12 +90,10 @@ def _sources(
             bad.append((where, str(record).removeprefix(f"{where}: ")))
             continue
         for name in record.images:
-            yield name, _place(root, name)
+            yield Named(name, _place(root, name), len(record.images))
 
 
-def _in_archive(
-    archive: Path, prefix: str, root: Path, bad: BadRows
-) -> Iterator[tuple[str, Origin]]:
+def _in_archive(archive: Path, prefix: str, root: Path, bad: BadRows) -> Iterator[Named]:
     """Pictures by their place in the archive, and by the names that their rows give them; those
     that rows only name lie under `root`."""
     for entry in read_entries(archive):
@@ -97,16 +103,18 @@ def _in_archive(
             try:
                 record = parse_record(with_pictures(entry, prefix), entry.where)
                 outside = [] if names else record.images
-                yield from ((name, _place(root, name)) for name in outside)
+                yield from (Named(n, _place(root, n), len(outside)) for n in outside)
             except DataError as error:
                 row = error
         if isinstance(row, DataError):  # its pictures are good all the same
             bad.append((entry.where, str(row).removeprefix(f"{entry.where}: ")))
+        # A picture that no row goes with is one that rows elsewhere name.
+        among = len(names) if isinstance(row, dict) else 1
         for name, (_, origin) in zip(names, entry.pictures, strict=True):
-            yield name, origin
+            yield Named(name, origin, among)
         if len(entry.also) == len(names):
             for name, (_, origin) in zip(entry.also, entry.pictures, strict=True):
-                yield name, origin
+                yield Named(name, origin, among)
 
 
 def _place(root: Path, name: str) -> Origin:

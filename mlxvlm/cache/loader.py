@@ -9,10 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.origins import Origin, read_bytes
+from ..data.origins import read_bytes
 from ..errors import PictureError
 from ..images.picture import Picture
 from .format import Source
+from .jobs import Job
 
 
 @dataclass
@@ -23,31 +24,34 @@ class Loaded:
     picture: Picture | None
 
 
+def look(encoder: Any, data: bytes, limit: int | None) -> Picture:
+    """A picture from its file's bytes, in at most `limit` tiles."""
+    options = {} if limit is None else {"max_tiles": limit}
+    return encoder.look([data], **options)[0]
+
+
 class Loader:
     """Loads pictures in order, at most `depth` of them ahead of who asks.
 
-    known: whether a content needs no picture, because it is stored or about to be.
-    max_tiles: the most tiles a picture may have; None is the tiling's own limit.
+    known: whether a content needs no picture under a plan, because it is stored or about to be.
     """
 
     def __init__(
         self,
         encoder: Any,
-        known: Callable[[str], bool],
+        known: Callable[[str, str], bool],
         workers: int,
         depth: int,
-        max_tiles: int | None = None,
     ):
         self.encoder = encoder
         self.known = known
         self.depth = depth
-        self.options = {} if max_tiles is None else {"max_tiles": max_tiles}
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="mlxvlm-look")
 
-    def load(self, jobs: Iterable[tuple[str, Origin]]) -> Iterator[Loaded]:
+    def load(self, jobs: Iterable[Job]) -> Iterator[Loaded]:
         waiting: deque[Future[Loaded]] = deque()
-        for name, origin in jobs:
-            waiting.append(self._pool.submit(self._look, name, origin))
+        for job in jobs:
+            waiting.append(self._pool.submit(self._look, job))
             if len(waiting) > self.depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -56,12 +60,14 @@ class Loader:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _look(self, name: str, origin: Origin) -> Loaded:
-        source = Source(name, None, None)
+    def _look(self, job: Job) -> Loaded:
+        source = Source(job.name, None, None, plan=job.plan)
         try:
-            data, (source.size, source.mtime_ns) = read_bytes(origin)
+            data, (source.size, source.mtime_ns) = read_bytes(job.origin)
             sha256 = hashlib.sha256(data).hexdigest()
-            picture = None if self.known(sha256) else self.encoder.look([data], **self.options)[0]
+            picture = None
+            if not self.known(sha256, job.plan):
+                picture = look(self.encoder, data, job.limit)
         except OSError as error:
             source.reason = error.strerror or str(error)
             return Loaded(source, None)

@@ -23,7 +23,7 @@ from .about import CACHE_JSON, differences, is_cache_json, read_about, write_abo
 from .format import SHARDS, digest_of, list_shards, read_header, shard_name
 from .index import INDEX, Index
 from .lock import WriterLock
-from .run import open_sound
+from .parts import PART_JSON
 from .verify import damaged_rows
 from .writer import check_folder, sweep
 
@@ -63,7 +63,7 @@ def merge_caches(
         sweep(out)
         if not is_cache_json(out):
             write_about(out, about)
-        index = open_sound(out, about)
+        index = Index.open_sound(out, about)
         stack.callback(index.close)
         return _move(todo, out, index, progress)
 
@@ -93,6 +93,8 @@ def _move(
         for name in (INDEX, f"{INDEX}-journal"):
             (folder / name).unlink(missing_ok=True)
     index.seal()
+    if not index.lost():
+        (out / PART_JSON).unlink(missing_ok=True)  # with the parts before it, it is none any more
     return merged
 
 

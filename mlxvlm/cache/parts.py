@@ -10,6 +10,7 @@ have is encoded in both, and merging keeps the first.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -18,10 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ..data.origins import Origin, read_bytes
+from ..data.origins import read_bytes
+from ..durable import write_whole
 from ..errors import CacheError, PictureError, UsageError
+from .jobs import Job
 
-Job = TypeVar("Job")
+T = TypeVar("T")
+
+PART_JSON = "part.json"  # in a cache that names pictures which the parts before it have
 
 # What `mlx.launch` and mpirun set in each process that they start.
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -56,7 +61,7 @@ class Part(NamedTuple):
         """Where a launched process writes: several may run on one machine."""
         return out.with_name(f"{out.name}.{self.number}-of-{self.count}")
 
-    def cut(self, jobs: list[Job], stretch: int) -> tuple[list[Job], list[Job]]:
+    def cut(self, jobs: list[T], stretch: int) -> tuple[list[T], list[T]]:
         """(jobs of earlier parts, jobs of this one); every part but the last is whole stretches."""
         stretches = -(-len(jobs) // stretch)
         start, stop = (
@@ -70,18 +75,30 @@ class Part(NamedTuple):
         return jobs[:start], jobs[start:stop]
 
 
-def contents(jobs: Iterable[tuple[str, Origin]], workers: int) -> set[str]:
-    """sha256 of each picture that is here."""
-    found: set[str] = set()
+def mark_part(folder: Path, earlier: int) -> None:
+    """Notes that a cache is a part, with so many jobs in the parts before it."""
+    if not is_part(folder):
+        write_whole(folder / PART_JSON, (json.dumps({"earlier": earlier}) + "\n").encode())
+
+
+def is_part(folder: Path) -> bool:
+    """Whether pictures that a cache only names may be in the parts before it."""
+    return (folder / PART_JSON).exists()
+
+
+def contents(jobs: Iterable[Job], workers: int) -> set[tuple[str, str]]:
+    """(sha256, plan) of each picture that is here."""
+    found: set[tuple[str, str]] = set()
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="mlxvlm-hash") as pool:
         rest = iter(jobs)
         while some := list(islice(rest, 4096)):
-            found |= {sha256 for sha256 in pool.map(_digest, some) if sha256}
+            digests = zip(pool.map(_digest, some), some, strict=True)
+            found |= {(sha256, job.plan) for sha256, job in digests if sha256}
     return found
 
 
-def _digest(job: tuple[str, Origin]) -> str | None:
+def _digest(job: Job) -> str | None:
     try:
-        return hashlib.sha256(read_bytes(job[1])[0]).hexdigest()
+        return hashlib.sha256(read_bytes(job.origin)[0]).hexdigest()
     except (OSError, PictureError):
         return None

@@ -22,8 +22,8 @@ from .about import CACHE_JSON
 from .codecs import CODECS, codec_named, record_size, settled
 from .format import list_shards
 from .index import Index
+from .jobs import Job, Remaining, remaining
 from .loader import Loader
-from .run import Job, remaining
 from .shard import ShardWriter
 from .whitening import Whitening
 from .writer import settle_about
@@ -48,13 +48,15 @@ class Option:
 class Plan:
     """What is to be done, and what it takes.
 
-    pictures: names to be encoded; known: names that an earlier run did. Of two names for one
-    picture both count, since that is not known before it is read. spread: the relative error of
+    pictures: names to be encoded, each under its tiling plans; limited: those for rows of several
+    pictures; known: names that an earlier run did. Of two names for one picture both count, since
+    that is not known before it is read. spread: the relative error of
     views and bytes, 95%. encode_rate, read_rate: pictures a second of the encoder, and of the
     threads that read ahead of it; None where no batch was timed. unreadable: of the sampled.
     """
 
     pictures: int
+    limited: int
     known: int
     views: int
     bytes: int
@@ -108,22 +110,24 @@ def make_plan(
     trust_names: bool = False,
     batches: int = 3,
 ) -> Plan:
-    """Plans `write_cache` with the same arguments. jobs: as `writer.distinct` gives them.
+    """Plans `write_cache` with the same arguments. jobs: as `jobs.distinct` gives them.
 
     batches: so many are encoded, the first only to warm up; below two no time is told.
     """
     about = settle_about(folder, encoder, codec, batch_size, shard_pictures, write=False)
-    new, failed = jobs, []
+    left = Remaining(jobs)
     if (folder / CACHE_JSON).exists() or list_shards(folder):
         index = Index.open(folder, about)
         try:
-            new, failed = remaining(jobs, index, trust_names)
+            left = remaining(jobs, index, trust_names)
         finally:
             index.close()
     chosen = next(flag for flag, c in CODECS.items() if c is codec_named(codec))
+    new = [*left.new, *left.changed]
     plan = Plan(
         pictures=len(new),
-        known=len(jobs) - len(new) - len(failed),
+        limited=sum(job.limit is not None for job in new),
+        known=len(jobs) - len(left),
         views=0,
         bytes=0,
         spread=0.0,
@@ -244,7 +248,7 @@ class _Sample:
 
     def _look(self, jobs: list[Job]) -> list[Picture]:
         """Reads pictures as a run does."""
-        loader = Loader(self.encoder, lambda sha256: False, self.workers, self.batch_size)
+        loader = Loader(self.encoder, lambda *content: False, self.workers, self.batch_size)
         pictures = []
         try:
             for one in loader.load(jobs):
@@ -290,7 +294,7 @@ def _headers(
     step = about["shard_pictures"]
     total = 0
     for number, start in enumerate(range(0, len(jobs), step)):
-        names = [name for name, _ in jobs[start : start + step]]
+        names = [job.name for job in jobs[start : start + step]]
         total += ShardWriter(folder, number, about, codec, names).room(round(views))
     return total
 

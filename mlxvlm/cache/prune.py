@@ -1,25 +1,27 @@
 """A cache without the pictures that no data need any more.
 
-What stays is decided before anything is written, by content. Then one shard after the other that
-holds something else is written anew beside, and renamed: a run that was killed leaves a cache, and
-the same command goes on with it.
+What stays is decided before anything is written, by content and tiling plan. Then one shard after
+the other that holds something else is written anew beside, and renamed: a run that was killed
+leaves a cache, and the same command goes on with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..durable import is_full
 from ..errors import CacheError
-from .about import read_about
-from .format import SHARDS, list_shards, read_header, source_name
+from ..images.tiling import tiles_each
+from .about import read_about, tiling_of
+from .format import SHARDS, Source, list_shards, plan_of, read_header, source_name
 from .index import Index
 from .lock import WriterLock
 from .rewrite import rewrite
-from .run import open_sound
 from .writer import sweep
+
+Keep = dict[str, list[str]]  # sha256 -> tiling plans
 
 
 @dataclass
@@ -35,22 +37,25 @@ class Pruned:
 
 def prune_cache(
     folder: str | Path,
-    names: Iterable[str],
+    names: Iterable[tuple[str, int]],
     images: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Drops the pictures that have none of these names, and those stored a second time.
 
-    A picture that stays keeps all its names. `images`: what absolute names are relative to.
+    names: each with how many pictures its row has; a picture stays under the tiling plans of such
+    rows, with all its names. `images`: what absolute names are relative to.
     progress: called with the shards done and their number.
     """
     folder = Path(folder)
     about = read_about(folder)
+    tiling = tiling_of(about)
+    wanted = ((name, plan_of(tiles_each(tiling, n) if tiling else None)) for name, n in names)
     with WriterLock(folder):
         sweep(folder)
-        index = open_sound(folder, about)
+        index = Index.open_sound(folder, about)
         try:
-            keep, failed = _wanted(index, names, Path(images) if images else None)
+            keep, failed = _wanted(index, wanted, Path(images) if images else None)
             if not keep:
                 raise CacheError(
                     f"no picture of {folder} is named by the data to keep: nothing was dropped. "
@@ -75,39 +80,48 @@ def prune_cache(
     return pruned
 
 
-def _wanted(index: Index, names: Iterable[str], images: Path | None) -> tuple[set[str], set[str]]:
-    """Contents to keep, and names of failures to keep."""
-    keep: set[str] = set()
-    failed: set[str] = set()
-    for given in names:
-        source = index.name(source_name(given))
-        if source is None and images is not None:
-            source = index.name(source_name(given, images))
-        if source is None:
-            continue
-        if source.sha256:
-            keep.add(source.sha256)
-        else:
-            failed.add(source.name)
+def _wanted(
+    index: Index, names: Iterable[tuple[str, str]], images: Path | None
+) -> tuple[Keep, set[tuple[str, str]]]:
+    """Contents to keep, and (names of failures, plan) to keep."""
+    keep: Keep = {}
+    failed: set[tuple[str, str]] = set()
+    for given, plan in names:
+        found = index.named(source_name(given))
+        if not found and images is not None:
+            found = index.named(source_name(given, images))
+        for source in found:
+            if source.sha256 and index.has(source.sha256, plan):
+                plans = keep.setdefault(source.sha256, [])
+                if plan not in plans:
+                    plans.append(plan)
+            elif source.sha256 is None and source.plan == plan:
+                failed.add((source.name, plan))
     return keep, failed
 
 
 def _prune(
-    path: Path, number: int, index: Index, keep: set[str], failed: set[str], pruned: Pruned
+    path: Path,
+    number: int,
+    index: Index,
+    keep: Keep,
+    failed: set[tuple[str, str]],
+    pruned: Pruned,
 ) -> None:
     header = read_header(path)
     rows = []
     for row in header.rows:
-        found = index.picture(row.sha256, row.plan) if row.sha256 in keep else None
+        wanted = row.plan in keep.get(row.sha256, ())
+        found = index.picture(row.sha256, row.plan) if wanted else None
         if found and found[0] == number:
             rows.append(row)
     good = [s for s in header.sources if s.sha256]
     bad = [s for s in header.sources if not s.sha256]
-    sources = [s for s in good if s.sha256 in keep]
+    sources = _names(good, keep)
     pruned.kept += len(rows)
-    if len(rows) == len(header.rows) and len(sources) == len(good):
+    if len(rows) == len(header.rows) and sources == good:
         return
-    sources += [s for s in bad if s.name in failed]
+    sources += [s for s in bad if (s.name, s.plan) in failed]
     pruned.dropped += len(header.rows) - len(rows)
     if rows or sources:
         pruned.bytes += header.length - rewrite(path, header, rows, sources)
@@ -116,3 +130,14 @@ def _prune(
         path.unlink()
         pruned.bytes += header.length
         pruned.removed += 1
+
+
+def _names(sources: list[Source], keep: Keep) -> list[Source]:
+    """The names of what is kept; one whose own plan goes stands for a plan that stays."""
+    found: dict[tuple[str, str], Source] = {}
+    for source in sources:
+        kept = keep.get(source.sha256 or "")
+        if kept:
+            plan = source.plan if source.plan in kept else min(kept)
+            found.setdefault((source.name, plan), replace(source, plan=plan))
+    return list(found.values())

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import CacheError
 from .about import differences, plain, read_about
-from .format import PLAN, Row, Source, source_name
+from .format import PLAN, Row, Source, source_name, told
 from .index import Index, IndexDamaged, Totals
+from .parts import is_part
 from .records import OpenShards
-from .verify import verify_shards
+from .verify import Problem, lost_names, verify_shards
 
 if TYPE_CHECKING:
     from ..images.picture import Features
@@ -81,7 +82,12 @@ class EmbeddingCache:
         return self._pages(lambda index, after: index.pictures(after))
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str | Path) and self._find(str(key)) is not None
+        if not isinstance(key, str | Path):
+            return False
+        label = str(key)
+        sources = self._sure(lambda index: self._named(index, label))
+        plans = [PLAN, *(s.plan for s in sources if s.sha256 and s.plan != PLAN)]
+        return any(self._find(label, plan) for plan in plans)
 
     def __getitem__(self, key: str | Path) -> Features:
         return self.get(key)
@@ -122,7 +128,7 @@ class EmbeddingCache:
 
     def failures(self) -> list[tuple[str, str]]:
         """(name, reason) of the pictures that could not be cached."""
-        return [(s.name, s.reason) for s in self._sure(lambda index: index.failures())]
+        return [(told(s), s.reason) for s in self._sure(lambda index: index.failures())]
 
     def damaged_shards(self) -> list[str]:
         """What is wrong with shards that cannot be read at all; `verify` looks deeper."""
@@ -142,18 +148,24 @@ class EmbeddingCache:
                 "one in another folder."
             )
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Reads everything, and says what is damaged: a line each, naming pictures and shards."""
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+        """Reads everything, and says what is damaged, naming pictures and shards."""
         problems = verify_shards(self.folder, self.meta, progress)
         self._sure(lambda index: index.check())
-        problems += [
-            f"{name} has lost its features, which a shard held that is gone or damaged: run the "
-            "same `mlxvlm cache-embeddings` again"
-            for name in self._sure(lambda index: index.lost())
-        ]
-        return problems
+        return problems + lost_names(self._lost(elsewhere=False))
+
+    def elsewhere(self) -> list[str]:
+        """Names of pictures that the parts before this one have, of a cache that is a part."""
+        return [told(source) for _, source in self._lost(elsewhere=True)]
 
     # Inside
+
+    def _lost(self, elsewhere: bool) -> list[tuple[int, Source]]:
+        """Names without features: of a part, those that sound shards have are elsewhere."""
+        lost = self._sure(lambda index: index.lost())
+        damaged = self._sure(lambda index: index.problems())
+        part = is_part(self.folder)
+        return [one for one in lost if (part and one[0] not in damaged) == elsewhere]
 
     def _found(self, key: str, plan: str) -> tuple[int, Row]:
         found = self._find(key, plan)
@@ -175,24 +187,34 @@ class EmbeddingCache:
             found = index.picture(key, plan)
             if found:
                 return found
-        source = self._source(index, key)
-        return index.picture(source.sha256, plan) if source and source.sha256 else None
+        # A name of one plan leads to the content, which another name may have under this one.
+        for source in sorted(self._named(index, key), key=lambda s: s.plan != plan):
+            found = index.picture(source.sha256, plan) if source.sha256 else None
+            if found:
+                return found
+        return None
 
-    def _source(self, index: Index, key: str) -> Source | None:
-        source = index.name(source_name(key))
-        if source is None and self.images is not None:
-            source = index.name(source_name(key, self.images))
-        return source
+    def _named(self, index: Index, key: str) -> list[Source]:
+        found = index.named(source_name(key))
+        if not found and self.images is not None:
+            found = index.named(source_name(key, self.images))
+        return found
 
     def _missing(self, key: str, plan: str) -> str:
-        source = self._sure(lambda index: self._source(index, key))
+        sources = self._sure(lambda index: self._named(index, key))
+        failed = [s for s in sources if s.sha256 is None]
         damaged = self.damaged_shards()
-        if source and source.sha256 is None:
-            return f"{key} could not be cached in {self.folder}: {source.reason}."
+        for source in failed:
+            if source.plan == plan or len(failed) == len(sources):
+                return f"{key} could not be cached in {self.folder}: {source.reason}."
         if damaged:
             return f"{key} is not to be found in {self.folder}, and {damaged[0]}"
-        if plan != PLAN and self._find(key):
-            return f"{key} is in the cache {self.folder}, but not under the tiling plan {plan!r}."
+        if key in self:
+            return (
+                f"{key} is in the cache {self.folder}, but not under the tiling plan {plan!r}, "
+                "which depends on how many pictures are in its row: run `mlxvlm cache-embeddings` "
+                "with these rows too."
+            )
         return (
             f"{key} is not in the cache {self.folder}: run `mlxvlm cache-embeddings` with data "
             "that name it (names are relative to --images), or leave its rows out."

@@ -22,8 +22,10 @@ from ..data.origins import Origin, locate, read_bytes
 from ..errors import CacheError, PictureError
 from ..images.picture import Picture
 from .about import CACHE_JSON, differences, plain, read_about
-from .format import SHARDS, Header, Row, limit_of, list_shards, read_header, shard_name
+from .format import SHARDS, Header, Row, limit_of, list_shards, read_header, shard_name, told
 from .index import KNOWN, Index
+from .jobs import Job, is_full
+from .loader import look
 from .lock import WriterLock
 from .rewrite import rewrite
 from .run import Run, Summary, host
@@ -90,12 +92,10 @@ def _mend(
 ) -> None:
     """Puts new records in the places of those of `bad`."""
     names = names_of(header)
-    size = header.about["batch_size"]
-    wanted = {row.sha256 for row in bad}
+    wanted = {(row.sha256, row.plan) for row in bad}
     replaced: dict[int, bytes] = {}
-    for start in range(0, len(header.rows), size):
-        batch = header.rows[start : start + size]
-        if not any(row.sha256 in wanted for row in batch):
+    for batch in _batches(header):
+        if not any((row.sha256, row.plan) in wanted for row in batch):
             continue
         # With those beside it, because the last bits depend on the batch.
         rows, pictures = [], []
@@ -104,10 +104,10 @@ def _mend(
                 pictures.append(_look(encoder, names.get(row.sha256, []), row, root))
                 rows.append(row)
             except (CacheError, OSError, PictureError) as error:
-                if row.sha256 in wanted:
+                if (row.sha256, row.plan) in wanted:
                     done.left.append((_label(row, names), _reason(error)))
         for row, features in zip(rows, encoder.encode(pictures) if rows else [], strict=True):
-            if row.sha256 not in wanted:
+            if (row.sha256, row.plan) not in wanted:
                 continue
             records = [header.codec.encode(host(view)) for view in features.views]
             data = [record.reshape(-1).view(np.uint8).tobytes() for record in records]
@@ -118,6 +118,19 @@ def _mend(
             replaced.update(zip((view.offset for view in row.views), data, strict=True))
     if replaced:
         rewrite(path, header, header.rows, header.sources, replaced, room=header.start)
+
+
+def _batches(header: Header) -> list[list[Row]]:
+    """The rows of a shard as they were encoded together."""
+    batches: list[list[Row]] = []
+    views = 0
+    for row in header.rows:
+        if not batches or is_full(len(batches[-1]), views, header.about["batch_size"]):
+            batches.append([])
+            views = 0
+        batches[-1].append(row)
+        views += len(row.views)
+    return batches
 
 
 def _replace(
@@ -141,15 +154,15 @@ def _replace(
     index = Index.open_for_writing(folder, about, renew=True)
     problems = index.problems()
     index.close()
-    jobs: list[tuple[str, Origin]] = []
+    jobs: list[Job] = []
     left: list[tuple[str, str]] = []
-    for name, sha256 in lost:
-        origin = locate(root, name)
+    for source in lost:
+        origin = locate(root, source.name)
         try:
-            _read(origin, sha256)
-            jobs.append((name, origin))
+            _read(origin, source.sha256)
+            jobs.append(Job(source.name, origin, limit_of(source.plan)))
         except (CacheError, OSError, PictureError) as error:
-            left.append((name, _reason(error)))
+            left.append((told(source), _reason(error)))
     if jobs:
         summary = Summary(len(jobs))
         with Run(encoder, folder, about, summary, workers=2, progress=None, mending=True) as run:
@@ -173,9 +186,7 @@ def _look(encoder: Any, names: list[str], row: Row, root: Path) -> Picture:
     for name in names:
         try:
             data = _read(locate(root, name), row.sha256)
-            limit = limit_of(row.plan)
-            options = {} if limit is None else {"max_tiles": limit}
-            picture = encoder.look([data], **options)[0]
+            picture = look(encoder, data, limit_of(row.plan))
             picture.sha256 = row.sha256
             return picture
         except (CacheError, OSError, PictureError) as found:
@@ -183,7 +194,7 @@ def _look(encoder: Any, names: list[str], row: Row, root: Path) -> Picture:
     raise error
 
 
-def _read(origin: Origin, sha256: str) -> bytes:
+def _read(origin: Origin, sha256: str | None) -> bytes:
     data, _ = read_bytes(origin)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CacheError("it is another picture now")

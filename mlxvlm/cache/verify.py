@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CacheError
 from .about import CACHE_JSON, differences
-from .format import SHARDS, Header, Row, list_shards, read_header
+from .format import SHARDS, Header, Row, Source, list_shards, read_header, shard_name, told
 from .records import OpenShard
+
+
+@dataclass
+class Problem:
+    """What is damaged, in words; in which shard, and the names of which pictures, if known."""
+
+    text: str
+    shard: str
+    names: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def verify_shards(
     folder: Path, about: dict[str, Any], progress: Callable[[int, int], None] | None = None
-) -> list[str]:
+) -> list[Problem]:
     """What is wrong with the shards: every header against its digest, every record's checksum.
 
     progress: called with the shards done and their number.
     """
-    problems = []
+    problems: list[Problem] = []
     shards = list_shards(folder)
     for done, name in enumerate(shards.values(), 1):
         path = folder / SHARDS / name
@@ -27,15 +40,29 @@ def verify_shards(
             header = read_header(path)
             different = differences(header.about, about, "in the shard", f"in {CACHE_JSON}")
             if different:
-                problems.append(
-                    f"shard {path} differs from {CACHE_JSON} in {'; '.join(different)}."
-                )
-            problems += [problem for _, problem in damaged_rows(path, header)]
+                text = f"shard {path} differs from {CACHE_JSON} in {'; '.join(different)}."
+                problems.append(Problem(text, name))
+            names = names_of(header)
+            for row, text in damaged_rows(path, header):
+                problems.append(Problem(text, name, names.get(row.sha256, [])))
         except CacheError as error:
-            problems.append(str(error))
+            problems.append(Problem(str(error), name))
         if progress:
             progress(done, len(shards))
     return problems
+
+
+def lost_names(lost: list[tuple[int, Source]]) -> list[Problem]:
+    """The names without features, of `Index.lost`, as problems."""
+    return [
+        Problem(
+            f"{told(source)} has lost its features, which a shard held that is gone or damaged: "
+            "run the same `mlxvlm cache-embeddings` again",
+            shard_name(number),
+            [source.name],
+        )
+        for number, source in lost
+    ]
 
 
 def damaged_rows(path: Path, header: Header) -> Iterator[tuple[Row, str]]:
@@ -57,5 +84,7 @@ def names_of(header: Header) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for source in header.sources:
         if source.sha256:
-            names.setdefault(source.sha256, []).append(source.name)
+            known = names.setdefault(source.sha256, [])
+            if source.name not in known:
+                known.append(source.name)
     return names

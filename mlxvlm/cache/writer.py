@@ -6,14 +6,13 @@ stopped anywhere, by kill -9 too: finished shards stay, the unfinished one is do
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.origins import Cell, Member, Origin
+from ..data.origins import Origin
 from ..durable import PARTIAL, is_full
 from ..errors import CacheError
 from .about import (
@@ -26,11 +25,12 @@ from .about import (
     write_about,
 )
 from .codecs import codec_named
-from .format import SHARDS, list_shards, source_name
+from .format import SHARDS, list_shards
 from .index import INDEX
+from .jobs import Job, Named, distinct
 from .lock import LOCK, WriterLock
-from .parts import contents
-from .run import Job, Reporter, Run, Summary
+from .parts import PART_JSON, contents, mark_part
+from .run import Reporter, Run, Summary
 from .whitening import Whitening
 
 BATCH_SIZE = 8
@@ -39,7 +39,7 @@ SHARD_PICTURES = 256  # 430 MB of SigLIP-So400m in bf16: under a minute of a lap
 
 def write_cache(
     encoder: Any,
-    sources: Iterable[tuple[str, Origin]],
+    sources: Iterable[Job | Named | tuple[str, Origin]],
     out: str | Path,
     codec: str = "float32",
     *,
@@ -49,36 +49,38 @@ def write_cache(
     strict: bool = False,
     trust_names: bool = False,
     progress: Reporter | None = None,
-    max_tiles: int | None = None,
-    earlier: Sequence[Job] = (),
+    earlier: Iterable[Job | Named | tuple[str, Origin]] = (),
     whitening: Whitening | None = None,
 ) -> Summary:
-    """Caches the features of `sources`, (name, origin) in order, in the folder `out`; resumes.
+    """Caches the features of `sources`, in order, in the folder `out`; resumes.
 
-    encoder: has look, encode and identity, as `vision.Encoder`.
+    encoder: has look, encode, identity and maybe a tiling, as `vision.Encoder`.
+    sources: (name, origin), or as `picture_sources` or `jobs.distinct` give them.
     codec: "float32", "bf16", "fp16", "int8" or "int4".
     batch_size, shard_pictures: kept in the cache; a later run may only repeat them.
     strict: CacheError at the end if any picture failed; the others are cached all the same.
     trust_names: what the cache knows by its name is taken as it is, even if the picture changed.
     progress: called after each batch with the summary so far.
-    max_tiles: the tiling plan: for rows of data that allow a picture only so many tiles.
     earlier: what comes before `sources` in an input of several parts; see `parts`.
     whitening: for int8 and int4 in a new cache, instead of calibrating on its first shard, or on
         the first of `earlier`.
     """
     folder = Path(out)
-    jobs = distinct(sources)
+    tiling = getattr(encoder, "tiling", None)
+    jobs, before = distinct(sources, tiling), distinct(earlier, tiling)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = Summary(len(jobs))
+    summary = Summary(len(jobs), sum(job.limit is not None for job in jobs))
     with WriterLock(folder):
         try:
             about = settle_about(folder, encoder, codec, batch_size, shard_pictures)
             (folder / SHARDS).mkdir(exist_ok=True)
             sweep(folder)
-            elsewhere = contents(earlier, workers)
-            if earlier and not whitening and codec_named(codec).whitened:
-                whitening = _calibration(encoder, folder, about, earlier, workers)
+            elsewhere = contents(before, workers)
+            if before:
+                mark_part(folder, len(before))
+            if before and not whitening and codec_named(codec).whitened:
+                whitening = _calibration(encoder, folder, about, before, workers)
             with Run(
                 encoder,
                 folder,
@@ -87,7 +89,6 @@ def write_cache(
                 workers,
                 progress,
                 trust_names,
-                max_tiles,
                 elsewhere,
                 whitening=whitening,
             ) as run:
@@ -127,21 +128,9 @@ def sweep(folder: Path) -> None:
         left.unlink()
 
 
-def distinct(sources: Iterable[tuple[str, Origin]]) -> list[Job]:
-    """One job a name, in order of first appearance."""
-    jobs: dict[str, Origin] = {}
-    for given, origin in sources:
-        name = source_name(given)
-        # Text, since a Path takes several times its room, and more once it has been used.
-        origin = origin if isinstance(origin, Member | Cell) else os.fspath(origin)
-        if jobs.setdefault(name, origin) != origin:
-            raise CacheError(f"the name {name!r} stands for both {jobs[name]} and {origin}.")
-    return list(jobs.items())
-
-
 def check_folder(folder: Path) -> None:
     """CacheError where there is something else than a cache."""
-    ours = {CACHE_JSON, SHARDS, LOCK}
+    ours = {CACHE_JSON, SHARDS, LOCK, PART_JSON}
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder} is a file: --out must name a folder.")
     if not folder.exists() or (folder / CACHE_JSON).exists() or (folder / SHARDS).exists():

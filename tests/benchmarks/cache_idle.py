@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlxvlm.cache.jobs import distinct
 from mlxvlm.cache.loader import Loader
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.config import TilingConfig, VisionConfig
@@ -91,9 +92,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         jobs = draw(folder / "pictures", options.pictures)
-        loader = Loader(encoder, lambda sha256: False, options.workers, 2 * options.batch_size)
+        loader = Loader(encoder, lambda *content: False, options.workers, 2 * options.batch_size)
         started = time.perf_counter()
-        pictures = [one.picture for one in loader.load(jobs)]
+        pictures = [one.picture for one in loader.load(distinct(jobs))]
         decoding = time.perf_counter() - started
         loader.close()
         assert all(pictures)
