@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from mlxvlm.cli.progress import amount, list_skipped, say
+from mlxvlm.amount import amount
+from mlxvlm.cli.progress import list_skipped, say
 
 app = typer.Typer(help="Look after an embedding cache.", no_args_is_help=True)
 
@@ -200,7 +201,7 @@ def prune(
         return
     typer.echo(
         f"{folder}: {pruned.dropped:,} pictures dropped and {pruned.kept:,} kept; "
-        f"{pruned.bytes:,} bytes are free again ({pruned.rewritten:,} shards written anew, "
+        f"{amount(pruned.bytes)} are free again ({pruned.rewritten:,} shards written anew, "
         f"{pruned.removed:,} removed)."
     )
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mlxvlm.amount import amount
 from mlxvlm.cli.plan import describe_plan, plan_line, plan_table
-from mlxvlm.cli.progress import amount, duration, list_skipped, say
+from mlxvlm.cli.progress import duration, list_skipped, say
 from mlxvlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxvlm.amount import amount
 from mlxvlm.cli.progress import duration
 
 if TYPE_CHECKING:
@@ -14,26 +15,22 @@ if TYPE_CHECKING:
 
 def plan_line(plan: Plan, out: Path) -> str:
     """The plan in one line."""
-    from mlxvlm.cache.plan import size
-
     hours = f" in about {duration(plan.seconds)}" if plan.seconds else ""
     return (
-        f"{out}: {plan.pictures:,} pictures, {plan.views:,} views, {size(plan.bytes)}{hours}; "
-        f"{size(plan.free)} free."
+        f"{out}: {plan.pictures:,} pictures, {plan.views:,} views, {amount(plan.bytes)}{hours}; "
+        f"{amount(plan.free)} free."
     )
 
 
 def plan_table(plan: Plan, out: Path) -> str:
     """The plan, and what every codec and pool would come to."""
-    from mlxvlm.cache.plan import size
-
     spread = f" (within {plan.spread:.1%}, 95% sure)" if plan.spread else ""
     lines = [
         ("pictures", f"{plan.pictures:,}" + (f" ({plan.known:,} more are there already)")),
         ("views", f"{plan.views:,}{spread}"),
-        ("bytes", f"{size(plan.bytes)}{spread}"),
+        ("bytes", f"{amount(plan.bytes)}{spread}"),
         ("time", _time(plan)),
-        ("free", f"{size(plan.free)} on the disk of {out}"),
+        ("free", f"{amount(plan.free)} on the disk of {out}"),
     ]
     if plan.unreadable:
         lines.append(("bad", f"{plan.unreadable:,} of {plan.sampled:,} looked at"))
@@ -55,7 +52,7 @@ def plan_table(plan: Plan, out: Path) -> str:
             one = found[pool]
             mark = " <" if (codec, pool) == (plan.codec, plan.pool) else "  "
             big = "!" if one.bytes > plan.free / 2 else ""
-            cells.append(f"{big + size(one.bytes):>24}{mark}")
+            cells.append(f"{big + amount(one.bytes):>24}{mark}")
         text.append(f"{codec:<10}" + "".join(cells))
     if any(option.bytes > plan.free / 2 for option in plan.options):
         text.append("! more than half of the free disk: needs --yes")

@@ -75,15 +75,6 @@ def list_skipped(
         say(f"  ... and {len(skipped) - most:,} more")
 
 
-def amount(size: int) -> str:
-    """12 kB, 3.4 MB, 1.20 GB."""
-    if size < 1e6:
-        return f"{size / 1e3:.0f} kB"
-    if size < 1e9:
-        return f"{size / 1e6:.1f} MB"
-    return f"{size / 1e9:.2f} GB"
-
-
 def duration(seconds: float) -> str:
     """3 s, 2 min, 4.5 h."""
     if seconds < 90:

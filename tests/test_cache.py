@@ -771,7 +771,7 @@ def test_a_full_disk_stops_with_what_is_needed_and_resumes(tmp_path, pictures, n
     folder = tmp_path / "cache"
     with monkeypatch.context() as patch:
         patch.setattr(shard_module, "write_all", write_all)
-        with pytest.raises(CacheError, match=r"is full: about [\d,]+ bytes are needed for the \d"):
+        with pytest.raises(CacheError, match=r"is full: about [\d.]+ \w+ are needed for the \d"):
             write_cache(Slicer(), pictures, folder, **SIZES)
     assert 0 < len(shards(folder)) < 3
     with EmbeddingCache.open(folder) as cache:

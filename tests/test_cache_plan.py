@@ -12,7 +12,7 @@ from tiny_cache import Slicer, draw, shards, siglip
 
 from mlxvlm.cache.codecs import CODECS
 from mlxvlm.cache.jobs import distinct
-from mlxvlm.cache.plan import Plan, make_plan, size
+from mlxvlm.cache.plan import Plan, make_plan
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.errors import CacheError
 
@@ -84,15 +84,6 @@ def test_bad_pictures_are_counted(tmp_path):
         path.write_bytes(b"")
     plan = make_plan(siglip(), distinct(pictures), tmp_path / "cache", "bf16", **SIZES)
     assert (plan.sampled, plan.unreadable) == (12, 6)
-
-
-def test_sizes_read_well():
-    assert [size(n) for n in (999, 1.5e6, 505e9, 5.9e12)] == [
-        "0.999 kB",
-        "1.5 MB",
-        "505 GB",
-        "5.9 TB",
-    ]
 
 
 def test_a_large_plan_is_refused_with_what_is_smaller():

@@ -260,7 +260,7 @@ def test_a_full_disk_stops_a_merge_without_loss(tmp_path, pictures, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("mlxvlm.cache.merge.sync", full)
-        with pytest.raises(CacheError, match=r"is full: [\d,]+ bytes are still to come"):
+        with pytest.raises(CacheError, match=r"is full: .* are still to come"):
             merge_caches(tmp_path / "a", [tmp_path / "b"])
     assert shards(tmp_path / "b") == whole and shards(tmp_path / "a") == {}
     merge_caches(tmp_path / "a", [tmp_path / "b"])

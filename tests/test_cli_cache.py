@@ -228,7 +228,7 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().err
     assert shown.startswith("\r") and shown.count("\n") == 1
     last = shown.split("\r")[-1]
-    assert re.search(r"6/6 pictures  9 views  [\d.]+ images/s  \d+ kB  0 s left  1 failed", last)
+    assert re.search(r"6/6 pictures  9 views  [\d.]+ images/s  [\d.]+ kB  0 s left  1 failed", last)
 
 
 def test_parts_of_one_input(tmp_path, model):

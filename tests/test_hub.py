@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from mlxvlm.errors import HubError
-from mlxvlm.weights.hub import ALLOW, IGNORE, Download, resolve, size
+from mlxvlm.weights.hub import ALLOW, IGNORE, Download, resolve
 
 REPO = "someone/model"
 
@@ -89,7 +89,7 @@ def test_download_is_told_before_it_starts(hub: Hub) -> None:
 
     assert resolve(REPO, revision="v1", report=report) == hub.folder
     assert (told[0].repo, told[0].files, told[0].bytes) == (REPO, 2, 5_000_100)
-    assert "2 files, 5.0 MB" in str(told[0])
+    assert "2 files, 5 MB" in str(told[0])
     for call in hub.calls:
         assert call["revision"] == "v1"
         assert call["allow_patterns"] == ALLOW and call["ignore_patterns"] == IGNORE
@@ -103,7 +103,7 @@ def test_what_is_cached_is_not_told(hub: Hub) -> None:
 
 def test_no_room(hub: Hub) -> None:
     hub.plan = [file("config.json", 1), file("model.safetensors", 10**18)]
-    with pytest.raises(HubError, match=r"needs 1000000000.0 GB, but only .* free.*HF_HOME"):
+    with pytest.raises(HubError, match=r"needs 1000000 TB, but only .* free.*HF_HOME"):
         resolve(REPO)
     assert len(hub.calls) == 1
 
@@ -172,12 +172,3 @@ def test_a_bug_is_no_hub_error(hub: Hub) -> None:
     hub.fails(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         resolve(REPO)
-
-
-def test_sizes() -> None:
-    assert [size(n) for n in (7, 1500, 2_500_000, 16_060_000_000)] == [
-        "7 bytes",
-        "1.5 kB",
-        "2.5 MB",
-        "16.1 GB",
-    ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxvlm.amount import amount
 from mlxvlm.errors import HubError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,8 +34,8 @@ class Download:
 
     def __str__(self) -> str:
         return (
-            f"{self.repo}: downloading {self.files} files, {size(self.bytes)} "
-            f"({size(self.free)} free on the disk of {self.folder})"
+            f"{self.repo}: downloading {self.files} files, {amount(self.bytes)} "
+            f"({amount(self.free)} free on the disk of {self.folder})"
         )
 
 
@@ -177,8 +178,8 @@ def _check_room(
     download = Download(repo, len(todo), needed, shutil.disk_usage(disk).free, cache)
     if needed + SPARE > download.free:
         raise HubError(
-            f"{repo} needs {size(needed)}, but only {size(download.free)} are free on the disk of "
-            f"{cache}. Free some, or set HF_HOME to a folder on a larger disk."
+            f"{repo} needs {amount(needed)}, but only {amount(download.free)} are free on the "
+            f"disk of {cache}. Free some, or set HF_HOME to a folder on a larger disk."
         )
     if report is not None:
         report(download)
@@ -220,11 +221,3 @@ def _is_network(error: Exception) -> bool:
 def _line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
-
-
-def size(count: int) -> str:
-    """Bytes for people, in decimal units as disks and the hub count them."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"

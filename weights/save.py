@@ -22,11 +22,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxvlm.amount import amount
 from mlxvlm.config import is_adapter
 from mlxvlm.durable import sync_path
 from mlxvlm.errors import WeightsError
 from mlxvlm.weights.folder import INDEX, SINGLE
-from mlxvlm.weights.hub import size
 
 if TYPE_CHECKING:
     from mlxvlm.model import VLM
@@ -131,7 +131,8 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise WeightsError(
-            f"saving needs {size(needed)}, but only {size(free)} are free on the disk of {folder}."
+            f"saving needs {amount(needed)}, but only {amount(free)} are free on the disk of "
+            f"{folder}."
         )
 
 

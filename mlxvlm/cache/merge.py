@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..amount import amount
 from ..durable import PARTIAL, is_full, publish, sync
 from ..errors import CacheError
 from .about import CACHE_JSON, differences, is_cache_json, read_about, write_about
@@ -118,7 +119,7 @@ def _take(path: Path, final: Path, needed: int) -> None:
         if not is_full(error):
             raise
         raise CacheError(
-            f"the disk of {final.parent.parent} is full: {needed:,} bytes are still to come. "
+            f"the disk of {final.parent.parent} is full: {amount(needed)} are still to come. "
             "Nothing is lost: make room and run the same command again."
         ) from None
     publish(partial, final)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..amount import amount
 from ..config import pooled_tokens
 from ..errors import CacheError
 from ..images.picture import Picture
@@ -89,12 +90,12 @@ class Plan:
         less = [o for o in self.options if o.bytes < self.bytes]
         ways = ", ".join(
             f"{'--pool ' + o.pool + ' ' if o.pool != self.pool else ''}"
-            f"{'--codec ' + o.codec + ' ' if o.codec != self.codec else ''}({size(o.bytes)})"
+            f"{'--codec ' + o.codec + ' ' if o.codec != self.codec else ''}({amount(o.bytes)})"
             for o in sorted(less, key=lambda o: -o.bytes)
         )
         raise CacheError(
-            f"{folder} would take {size(self.bytes)}, more than half of the {size(self.free)} that "
-            f"are free: add --yes to go ahead, or name another disk{ways and ', or ' + ways}."
+            f"{folder} would take {amount(self.bytes)}, more than half of the {amount(self.free)} "
+            f"that are free: add --yes to go ahead, or name another disk{ways and ', or ' + ways}."
         )
 
 
@@ -273,14 +274,6 @@ class _Sample:
         for picture, one in zip(pictures, features, strict=True):
             for view, found in zip(picture.views, one.views, strict=True):
                 self.known[np.shape(view)] = (found.shape[0], found.shape[1])
-
-
-def size(count: float) -> str:
-    """1.23 GB."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def _headers(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..amount import amount
 from ..data.origins import Origin
 from ..durable import PARTIAL, is_full
 from ..errors import CacheError
@@ -126,6 +127,10 @@ def sweep(folder: Path) -> None:
     """Removes what a killed writer left. Needs the writer's lock."""
     for left in [*folder.glob(f"*{PARTIAL}"), *(folder / SHARDS).glob(f"*{PARTIAL}")]:
         left.unlink()
+    journal = folder / f"{INDEX}-journal"
+    # SQLite rolls back what is in a journal, but lets an empty one lie.
+    if journal.exists() and not journal.stat().st_size:
+        journal.unlink()
 
 
 def check_folder(folder: Path) -> None:
@@ -192,9 +197,10 @@ def settle_about(
 
 def _disk_full(folder: Path, s: Summary) -> CacheError:
     left = s.total - s.done
-    need = f"about {left * s.bytes // s.encoded:,} bytes" if s.encoded else "more bytes"
+    need = f"about {amount(left * s.bytes / s.encoded)}" if s.encoded else "more bytes"
     free = shutil.disk_usage(folder).free
     return CacheError(
         f"the disk of {folder} is full: {need} are needed for the {left:,} pictures left, and "
-        f"{free:,} are free. What is finished is safe: make room and run the same command again."
+        f"{amount(free)} are free. What is finished is safe: make room and run the same command "
+        "again."
     )
