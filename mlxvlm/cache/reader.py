@@ -117,10 +117,11 @@ class EmbeddingCache:
 
     def sha256_of(self, key: str | Path) -> str:
         """The content of the picture that a name stands for."""
-        source = self._sure(lambda index: self._source(index, str(key)))
-        if source is None or source.sha256 is None:
+        sources = self._sure(lambda index: self._named(index, str(key)))
+        found = [source.sha256 for source in sources if source.sha256]
+        if not found:
             raise CacheError(self._missing(str(key), PLAN))
-        return source.sha256
+        return found[0]
 
     def names(self) -> Iterator[str]:
         """Every name of the input, those of failures included."""
