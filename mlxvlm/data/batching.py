@@ -20,6 +20,7 @@ import numpy as np
 
 from ..attention import SHORT_QUERIES
 from ..errors import ConfigError
+from ..language.packed import PACK_LIMIT
 from .buckets import Group, epoch, padded
 from .packing import fit_lines, stream_lines
 
@@ -49,7 +50,7 @@ class Batching:
     by_modality: bool = False
     tokens_per_view: int = 1
     seed: int = 0
-    packable: Callable[[], int] | None = None
+    packable: Callable[[], int] = lambda: PACK_LIMIT
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Plan:
         if auto and (shares_prefix or share <= BUCKETS_PADDING):
             return
         try:
-            longest = want.packable() if want.packable else max(rows.lengths)
+            longest = want.packable()
         except ConfigError as error:
             if not auto:
                 raise
