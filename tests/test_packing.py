@@ -149,6 +149,9 @@ def test_auto_packs_where_buckets_would_be_padded():
     def refuse() -> int:
         raise ConfigError("no packs here.")
 
+    # In a narrow decoder the scores of long lines would cost more than the padding.
+    narrow = plan(spread, kind="auto", batch_size=8, width=4).decision
+    assert narrow.kind == "buckets" and "cost" in narrow.why
     refused = plan(spread, kind="auto", packable=refuse).decision
     assert refused.kind == "buckets" and refused.why == "no packs here."
     with pytest.raises(ConfigError, match="no packs"):

@@ -3,10 +3,13 @@
     buckets    rows of like length, right-padded; plain causal attention
     pack       lines of several rows under a mask, filled as well as can be
     internvl   the same, filled as InternVL 2.5 fills them
-    auto       buckets, unless more than a tenth of their tokens would be padding
+    auto       buckets, unless more than a tenth of their tokens would be padding, and packs would
+               cost less
 
 Buckets are preferred because attention without an array mask is the fast one, and a line of L
-tokens costs L x L scores a head. The order is a pure function of rows, settings, seed and epoch.
+tokens costs L x L scores a head. By operations, a position of a line costs 1 + L / 6D, where a
+decoder of width D has 12 D² weights a block; a line is as long as makes that least. The order is a
+pure function of rows, settings, seed and epoch.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from ..language.packed import PACK_LIMIT
 from .buckets import Group, epoch, padded
 from .packing import fit_lines, stream_lines
 
-# The padding that `auto` puts up with in buckets, and a chosen line length in lines.
-BUCKETS_PADDING, LINES_PADDING = 0.10, 0.05
+# The padding that `auto` puts up with in buckets.
+BUCKETS_PADDING = 0.10
 # Rows that are fitted into lines together; the next ones start new lines.
 STRETCH = 4096
 # Chosen line lengths are multiples of this, and judged by so many rows.
@@ -39,7 +42,8 @@ class Batching:
     batch_size: rows a micro-batch (pictures, where rows share a prefix); lines, where `kind` is
     "pack" or "internvl". pack_length: tokens of a line at most, 0 to choose. pack_views: views of a
     line at most, 0 for any number. by_modality: rows with pictures and rows without never meet.
-    packable: gives the longest line that the language model takes, or raises a ConfigError.
+    width: of the language model. packable: gives the longest line that it takes, or raises a
+    ConfigError.
     """
 
     batch_size: int
@@ -50,6 +54,7 @@ class Batching:
     by_modality: bool = False
     tokens_per_view: int = 1
     seed: int = 0
+    width: int = 4096
     packable: Callable[[], int] = lambda: PACK_LIMIT
 
 
@@ -85,19 +90,25 @@ class Rows:
         self.lengths = [one.length for one in groups]
         self.views = [one.rows[0].visual // tokens_per_view for one in groups]
 
-    def padding(self, batches: Sequence[MicroBatch], length_multiple: int) -> float:
-        """The share of positions that no row fills."""
-        filled = whole = 0
+    def weigh(self, batches: Sequence[MicroBatch], want: Batching) -> tuple[float, float]:
+        """The share of positions that no row fills, and what all of them cost."""
+        filled = whole = cost = 0.0
         for batch in batches:
             groups = [self.groups[number] for line in batch.lines for number in line]
             filled += sum(one.num_tokens for one in groups)
-            if batch.length:
-                whole += len(batch.lines) * batch.length
-                continue
-            longest = padded(max(one.length for one in groups), length_multiple)
-            rows = max(len(one.rows) for one in groups)
-            whole += len(groups) * (groups[0].prefix + rows * longest)
-        return 1 - filled / whole
+            length, positions = batch.length, len(batch.lines) * batch.length
+            if not length:
+                longest = padded(max(one.length for one in groups), want.length_multiple)
+                rows = max(len(one.rows) for one in groups)
+                length = groups[0].prefix + longest
+                positions = len(groups) * (groups[0].prefix + rows * longest)
+            whole += positions
+            cost += _cost(positions, length, want.width)
+        return 1 - filled / whole, cost
+
+
+def _cost(positions: int, length: int, width: int) -> float:
+    return positions * (1 + length / (6 * width))
 
 
 class Plan:
@@ -107,10 +118,10 @@ class Plan:
         self.rows, self.want = Rows(groups, want.tokens_per_view), want
         self._epoch: Callable[[int], list[MicroBatch]] = partial(_buckets, self.rows, want)
         self._made: tuple[int, list[MicroBatch]] = (0, self._epoch(0))
-        share = self.rows.padding(self._made[1], want.length_multiple)
+        share, cost = self.rows.weigh(self._made[1], want)
         self.decision = Decision("buckets", share, share)
         if want.kind != "buckets":
-            self._consider_packs(any(one.prefix for one in groups))
+            self._consider_packs(any(one.prefix for one in groups), cost)
         made = self.epoch(0)
         self.decision.rows = sum(len(one.rows) for one in groups) / len(made)
 
@@ -123,7 +134,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         return asdict(self.decision)
 
-    def _consider_packs(self, shares_prefix: bool) -> None:
+    def _consider_packs(self, shares_prefix: bool, cost: float) -> None:
         want, rows, share = self.want, self.rows, self.decision.padding
         auto = want.kind == "auto"
         if auto and (shares_prefix or share <= BUCKETS_PADDING):
@@ -143,9 +154,11 @@ class Plan:
         lines = max(1, round(budget / length)) if auto else want.batch_size
         packs = partial(_packs, rows, want, kind, lines, length)
         made = packs(0)
-        packed = rows.padding(made, want.length_multiple)
-        if auto and packed >= share:
-            self.decision.why = f"packs would have {packed:.0%}."
+        packed, dearer = rows.weigh(made, want)
+        if auto and dearer >= cost:
+            self.decision.why = (
+                f"packs of {length} tokens would have {packed:.1%}, and cost {dearer / cost:.2f}x."
+            )
             return
         self._epoch, self._made = packs, (0, made)
         self.decision = Decision(kind, packed, share, lines, length)
@@ -199,8 +212,7 @@ def _lines(rows: Rows, kind: str, some: list[int], length: int, most: int) -> li
 
 
 def _line_length(rows: Rows, want: Batching, kind: str, longest: int, budget: float) -> int:
-    """Tokens of a line: as asked for, or the fewest that leave little padding, because a line's
-    attention grows with the square of its length."""
+    """Tokens of a line: as asked for, or what costs least for the tokens that it holds."""
     least = SHORT_QUERIES + 1
     if want.pack_length:
         return max(least, min(want.pack_length, longest))
@@ -209,14 +221,12 @@ def _line_length(rows: Rows, want: Batching, kind: str, longest: int, budget: fl
     # One row in twenty may be too long for a line and travel alone.
     usual = int(np.quantile([rows.lengths[row] for row in judged], 0.95, method="higher"))
     start, end = (-(-int(n) // LINE_MULTIPLE) * LINE_MULTIPLE for n in (usual, budget))
-    best = (1.0, min(start, longest))
+    best = (float("inf"), min(start, longest))
     for length in range(start, min(max(start, end), longest) + 1, LINE_MULTIPLE):
         some = [r for r in judged if rows.lengths[r] <= length and rows.views[r] <= most]
         lines = _lines(rows, kind, some, length, most)
-        padding = 1 - sum(rows.lengths[r] for r in some) / max(1, len(lines) * length)
-        best = min(best, (padding, length))
-        if padding <= LINES_PADDING:
-            break
+        held = sum(rows.lengths[r] for r in some)
+        best = min(best, (_cost(len(lines) * length, length, want.width) / max(1, held), length))
     return best[1]
 
 

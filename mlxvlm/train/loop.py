@@ -37,6 +37,7 @@ from ..data.samples import Sample
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..language.forward import blocks_of, check_head
+from ..language.load import language_width
 from ..language.lora import add_lora, add_vision_lora, fuse, matching
 from ..language.packed import longest_pack
 from ..model import VLM
@@ -240,6 +241,7 @@ class Trainer:
             config.group_by_modality_length,
             self.vlm.config.tokens_per_view,
             config.seed,
+            language_width(self.vlm.config.language),
             partial(longest_pack, lm),
         )
         return Feed(samples, pictures, batching, config.share_prefix, config.strict, loss)

@@ -119,8 +119,8 @@ class TrainConfig:
     batching: str = flag(
         "auto",
         "How rows meet: buckets (rows of like length, padded), pack (several in a line, as full as "
-        "can be), internvl (packed as InternVL 2.5 does), or auto: buckets, and packs of as many "
-        "rows where more than 10% of those would be padding.",
+        "can be), internvl (packed as InternVL 2.5 does), or auto: buckets, or packs of about as "
+        "many rows, where over 10% of a bucket would be padding and packs cost less.",
     )
     pack_length: int = flag(
         0,

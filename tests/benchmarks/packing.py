@@ -101,7 +101,7 @@ def main() -> None:
     )
     feeds = {}
     for name, batching in settings.items():
-        batching.tokens_per_view = max(1, args.visual)
+        batching.tokens_per_view, batching.width = max(1, args.visual), args.hidden
         feeds[name] = Feed(rows, Names(), batching)  # type: ignore[arg-type]
     speeds: dict[str, list[float]] = {name: [] for name in feeds}
     peaks: dict[str, float] = dict.fromkeys(feeds, 0.0)
