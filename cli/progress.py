@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
+
+SAMPLE = ("question", "answer", "wanted")
 
 
 class Progress:
@@ -20,10 +23,14 @@ class Progress:
             list_skipped([(one.where, one.reason) for one in values["skipped"]], values["counts"])
             if values["batching"]:
                 say(_batching(**values["batching"]))
-        elif kind == "step":
+        elif kind == "split":
+            say(f"{values['held']:,} of them held back for validation")
+        elif kind == "step" and values["due"]:
             seconds = max(values["seconds"], 1e-9)
             rate, learnt = values["tokens"] / seconds, values["supervised_tokens"] / seconds
             loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+            if "skipped" in values:
+                loss += f" (step skipped: {values['skipped']})"
             others = "".join(
                 f"  {name[:-5]} {value:.3f}"
                 for name, value in values.items()
@@ -36,11 +43,20 @@ class Progress:
                 f"  {duration(values['left_s'])} left"
             )
         elif kind == "eval":
-            say(f"step {values['step']:,}  validation loss {values['val_loss']:.4f}")
+            best = "  the best so far" if values["best"] else ""
+            say(f"step {values['step']:,}  validation loss {values['val_loss']:.4f}{best}")
+        elif kind == "sample":
+            say("  {} -> {} (wanted: {})".format(*(brief(values[k]) for k in SAMPLE)))
         elif kind == "checkpoint":
             say(f"step {values['step']:,}  saved {values['path']}")
         elif kind == "done" and values["failed_pictures"]:
             list_skipped(values["failed_pictures"])
+
+
+def brief(text: str, most: int = 60) -> str:
+    """A text in quotes on one line; of a longer one its end, where questions have their point."""
+    flat = " ".join(text.split())
+    return json.dumps(flat if len(flat) <= most else "..." + flat[-most:], ensure_ascii=False)
 
 
 def _batching(

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from mlxvlm.cli.progress import Progress
+from mlxvlm.cli.progress import Progress, say
 from mlxvlm.train.stages import STAGES, TrainConfig, flag_name, stage_config
 
 SHORT = {"model": "-m"}
@@ -39,6 +39,15 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
         return
+    if sum(summary["skipped_steps"].values()):
+        counts = ", ".join(f"{n} {why}" for why, n in summary["skipped_steps"].items() if n)
+        say(f"Steps skipped: {counts}.")
+    if summary["best"]:
+        say(
+            "The result is that of step {step:,}, validation loss {val_loss:.4f}.".format(
+                **summary["best"]
+            )
+        )
     use = "--adapter-path" if config.gives_adapters else "-m"
     base = f"-m {config.model} " if config.gives_adapters else ""
     typer.echo(f"Saved {summary['out']}. Talk to it: mlxvlm chat {base}{use} {summary['out']}")

@@ -34,6 +34,7 @@ from ..data.gather import Gathered, Reading, gather, shelf_of, write_skipped
 from ..data.hub import local_data
 from ..data.mixture import Mixture, Source
 from ..data.samples import Sample
+from ..data.split import split
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..language.forward import blocks_of, check_head
@@ -48,15 +49,16 @@ from ..weights.join import check_out
 from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
+from .guard import Guard
 from .losses import batch_loss, count, gradients
 from .optimizer import Optimizer, clip, learning_rate
 from .stages import TrainConfig, fingerprint
+from .validation import Best, sample_answers
 
 METRICS = "metrics.jsonl"
 # The rows that were left out, and why.
 SKIPPED = "skipped.jsonl"
-# This many steps in a row without a finite loss end a run.
-MAX_BAD_STEPS = 3
+SAMPLES = "samples.jsonl"
 
 Report = Callable[[str, dict[str, Any]], None]
 
@@ -64,7 +66,8 @@ Report = Callable[[str, dict[str, Any]], None]
 class Trainer:
     """One run: its model, data, optimizer and place.
 
-    `report(kind, values)` is told of "download", "data", "step", "eval", "checkpoint" and "done".
+    `report(kind, values)` is told of "download", "data", "step", "eval", "sample", "checkpoint" and
+    "done".
     """
 
     def __init__(self, config: TrainConfig, report: Report | None = None):
@@ -85,6 +88,11 @@ class Trainer:
         self.caches = self._open_caches([*sources, *validation])
         self.gathered, self.feed = self._feed(sources, config.mixture, config.loss)
         self.val = self._feed(validation, Mixture(), "token")[1] if validation else None
+        if config.val_split:
+            kept, held = split(self.feed.samples, config.val_split, config.seed)
+            self.val = replace(self.feed, samples=held, loss="token", failed={})
+            self.feed = replace(self.feed, samples=kept)
+            self.report("split", {"rows": len(kept), "held": len(held)})
         micro = config.grad_accumulation_steps
         self.steps = config.iters or math.ceil(self.feed.batches(config.epochs) / micro)
         self.identity = fingerprint(config) | {
@@ -93,6 +101,8 @@ class Trainer:
             "rows": self.feed.digest(),
         }
         self.optimizer = Optimizer(config, self.trainable())
+        self.guard = Guard(config.spike_factor)
+        self.best = Best(self.val.digest() if self.val else "")
         self.gradient = nn.value_and_grad(self.vlm, batch_loss)
         self.step = 0
 
@@ -247,48 +257,48 @@ class Trainer:
         return Feed(samples, pictures, batching, config.share_prefix, config.strict, loss)
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end, saves the result in `out`, and returns a summary."""
-        config = self.config
+        """Trains to the end, saves the result in `out`, and returns a summary.
+
+        Where there are validations, the result is the model as it was at the best of them.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
+        with checkpoint.until_full(self.out):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        config = self.config
         if config.resume:
-            self.step, weights = checkpoint.load(self.out, self.optimizer, self.identity)
-            self.vlm.update(tree_unflatten(list(weights.items())))
+            self._restore()
         write_skipped(self.out / SKIPPED, self.gathered)
-        metrics = _open_metrics(self.out / METRICS, self.step)
+        metrics = _open_lines(self.out / METRICS, self.step)
+        samples = _open_lines(self.out / SAMPLES, self.step) if self.val else None
         self.vlm.train()
         micro = config.grad_accumulation_steps
         # A step takes all its batches at once: while it computes, the next one's are read.
         reading = self.feed.read(self.step * micro, ahead=micro + 1)
-        bad = 0
+        line: dict[str, Any] = {"loss": None}
         started = time.perf_counter()
         first = self.step
         try:
             with _finish_step_on_interrupt() as interrupted:
-                while self.step < self.steps:
+                while self.step < self.steps and not self._out_of_patience():
                     line = self._step([next(reading) for _ in range(micro)])
-                    bad = 0 if line["loss"] is not None else bad + 1
-                    if bad == MAX_BAD_STEPS and not line["rows"]:
-                        name, reason = next(iter(self.feed.failed.items()))
-                        raise DataError(
-                            f"no picture of {bad} steps in a row could be read; {name}: {reason}"
-                        )
-                    if bad == MAX_BAD_STEPS:
-                        raise VLMError(
-                            f"{bad} steps in a row gave no finite loss (step {self.step}). Lower "
-                            "--learning-rate, or --resume from the last checkpoint."
-                        )
+                    if self.guard.stuck:
+                        self._give_up(line)
                     last = self.step == self.steps
-                    if self.val and (last or _every(self.step, config.steps_per_eval)):
-                        line["val_loss"] = self.evaluate(self.val)
-                        self.report("eval", line)
+                    if samples and (last or _every(self.step, config.steps_per_eval)):
+                        loss = self._validate(samples)
+                        line["val_loss"] = loss if math.isfinite(loss) else None
+                        last = last or self._out_of_patience()
                     metrics.write(json.dumps(line) + "\n")
                     metrics.flush()
-                    if last or _every(self.step, config.steps_per_report):
-                        left = (time.perf_counter() - started) / (self.step - first)
-                        self.report(
-                            "step",
-                            line | {"steps": self.steps, "left_s": left * (self.steps - self.step)},
-                        )
+                    each = (time.perf_counter() - started) / (self.step - first)
+                    told = {
+                        "steps": self.steps,
+                        "left_s": each * (self.steps - self.step),
+                        "due": last or _every(self.step, config.steps_per_report),
+                    }
+                    self.report("step", line | told)
                     # The last step has one too: a result that cannot be saved is not lost.
                     due = last and config.save_every or _every(self.step, config.save_every)
                     if due or (interrupted.is_set() and not last):
@@ -298,12 +308,21 @@ class Trainer:
         finally:
             reading.close()
             metrics.close()
+            if samples:
+                samples.close()
+        if self.best.step:
+            best = checkpoint.load_best(self.out, self.best.step)
+            self.vlm.update(tree_unflatten(list(best.items())))
         self._save()
         summary = {
             "out": str(self.out),
-            "steps": self.steps,
-            "loss": line["loss"] if first < self.steps else None,
+            "steps": self.step,
+            "loss": line["loss"],
             "seconds": round(time.perf_counter() - started, 3),
+            "skipped_steps": self.guard.skipped,
+            "best": {"step": self.best.step, "val_loss": self.best.val_loss}
+            if self.best.step
+            else None,
             "failed_pictures": list(self.feed.failed.items()),
         }
         self.report("done", summary)
@@ -334,8 +353,8 @@ class Trainer:
         if batches:
             grads, norm = clip(grads, config.max_grad_norm)
             mx.eval(norm, parts)
-        good = math.isfinite(norm.item())
-        if good:
+        skipped = self.guard.judge(norm.item())
+        if not skipped:
             updated = self.optimizer.apply(grads, parameters, share)
             self.vlm.update(tree_unflatten(list(updated.items())))
             # Without other references MLX updates in place.
@@ -345,14 +364,18 @@ class Trainer:
         seconds = time.perf_counter() - started
         tokens = sum(batch.num_tokens for batch, _ in batches)
         line: dict[str, Any] = {"step": self.step, "loss": None}
-        # NaN is no JSON: a step without finite gradients has no losses.
-        line |= {k if k == "loss" else f"{k}_loss": v.item() for k, v in parts.items() if good}
+        # NaN is no JSON: what is not finite is left out.
+        measured: dict[str, Any] = {
+            k if k == "loss" else f"{k}_loss": v.item() for k, v in parts.items()
+        }
+        line |= {name: value for name, value in measured.items() if math.isfinite(value)}
+        line |= {"skipped": skipped} if skipped else {}
         return line | {
             "tokens": tokens,
             "supervised_tokens": sum(batch.supervised_tokens for batch, _ in batches),
             "rows": sum(batch.rows for batch, _ in batches),
             "lr": share * config.learning_rate,
-            "grad_norm": norm.item() if good else None,
+            "grad_norm": norm.item() if math.isfinite(norm.item()) else None,
             "seconds": round(seconds, 4),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
         }
@@ -375,12 +398,65 @@ class Trainer:
         mx.clear_cache()  # of buffers in shapes that training does not have
         return loss / (weight or 1.0)
 
+    def _validate(self, samples: Any) -> float:
+        """Validation loss; keeps weights that are the best so far, and writes sample answers."""
+        assert self.val is not None
+        loss = self.evaluate(self.val)
+        best = self.best.see(self.step, loss)
+        if best:
+            checkpoint.save_best(self.out, self.step, self.trainable())
+            checkpoint.prune_best(self.out, {self.step})
+        self.report("eval", {"step": self.step, "val_loss": loss, "best": best})
+        self.vlm.eval()
+        for row in sample_answers(self.vlm, self.val, self.config.val_samples, self.projected):
+            samples.write(json.dumps({"step": self.step} | row, ensure_ascii=False) + "\n")
+            self.report("sample", row)
+        self.vlm.train()
+        samples.flush()
+        return loss
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.best.stale
+
+    def _give_up(self, line: dict[str, Any]) -> None:
+        """Ends a run whose last steps were all skipped, with its last good state on disk."""
+        if not line["rows"]:
+            name, reason = next(iter(self.feed.failed.items()))
+            count = len(self.guard.streak)
+            raise DataError(f"no picture of {count} steps in a row could be read; {name}: {reason}")
+        reasons, stopped = self.guard.streak, self.step
+        self.step -= self.guard.rewind()
+        # Skipped steps change nothing, so a checkpoint among them is as good.
+        if not [step for step in checkpoint.steps(self.out) if self.step <= step <= stopped]:
+            self._checkpoint()
+        kept = checkpoint.steps(self.out)[-1]
+        what = {
+            "not finite": "their gradients were not finite",
+            "spike": "their gradients were far above those before",
+        }
+        why = " or ".join(what[reason] for reason in dict.fromkeys(reasons))
+        raise VLMError(
+            f"{len(reasons)} steps in a row, up to step {stopped:,}, were skipped because {why}. "
+            f"The last good state is the checkpoint of step {kept:,} in {self.out}. Start again "
+            "with a lower --learning-rate or cleaner data, or go on from it with --resume (and "
+            "--spike-factor 0, if such gradients are to be expected)."
+        )
+
     def _checkpoint(self) -> None:
         config = self.config
+        progress = {"guard": self.guard.state(), "best": self.best.state()}
+        weights = self.trainable()
         path = checkpoint.save(
-            self.out, self.step, self.trainable(), self.optimizer, self.identity, config.keep
+            self.out, self.step, weights, self.optimizer, self.identity, config.keep, progress
         )
+        checkpoint.prune_best(self.out, {self.best.step})
         self.report("checkpoint", {"step": self.step, "path": str(path)})
+
+    def _restore(self) -> None:
+        self.step, weights, progress = checkpoint.load(self.out, self.optimizer, self.identity)
+        self.guard.restore(progress["guard"])
+        self.best.restore(progress["best"])
+        self.vlm.update(tree_unflatten(list(weights.items())))
 
     def _save(self) -> None:
         vlm, parts = self.vlm, self.config.parts
@@ -440,8 +516,8 @@ def _every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _open_metrics(path: Path, step: int) -> Any:
-    """metrics.jsonl, without the lines of steps that a resumed run does again."""
+def _open_lines(path: Path, step: int) -> Any:
+    """A file of JSON lines, without those of steps that a resumed run does again."""
     kept = []
     if step and path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

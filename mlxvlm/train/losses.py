@@ -98,11 +98,7 @@ def batch_loss(
     the features have been through the projector already.
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
-    visual = views
-    if views is not None and views.ndim == 4:
-        views = _see(vlm, views, grad_checkpoint)
-    if views is not None:
-        visual = views.reshape(-1, views.shape[-1]) if projected else vlm.project_views(views)
+    visual = None if views is None else visual_of(vlm, views, projected, grad_checkpoint)
     hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
     chosen = hidden[mx.array(batch.predict)]
     labels, weights = mx.array(batch.labels), mx.array(batch.weights)
@@ -118,13 +114,18 @@ def batch_loss(
     return total, parts
 
 
-def _see(vlm: VLM, pixels: mx.array, grad_checkpoint: bool) -> mx.array:
-    """[views, tokens, width] features of [views, H, W, 3], as the encoder gives them."""
-    encoder = vlm.encoder
-    if not grad_checkpoint:
-        return encoder.run(pixels)
-    with recomputed(vlm.vision.encoder.layers):
-        return encoder.run(pixels)
+def visual_of(
+    vlm: VLM, views: mx.array, projected: bool, grad_checkpoint: bool = False
+) -> mx.array:
+    """[visual tokens, D] that the language model sees, of what `Pictures.views` gives."""
+    if projected:
+        return views.reshape(-1, views.shape[-1])
+    if views.ndim == 4 and grad_checkpoint:
+        with recomputed(vlm.vision.encoder.layers):
+            views = vlm.encoder.run(views)
+    elif views.ndim == 4:
+        views = vlm.encoder.run(views)
+    return vlm.project_views(views)
 
 
 def gradients(

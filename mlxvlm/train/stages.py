@@ -60,6 +60,10 @@ LEAST = {
     "max_grad_norm": 0,
     "projector_learning_rate": 0,
     "vision_learning_rate": 0,
+    "spike_factor": 0,
+    "val_split": 0,
+    "val_samples": 0,
+    "patience": 0,
     "lora_alpha": 0,
 }
 
@@ -110,6 +114,7 @@ class TrainConfig:
     response_format: str = flag("", f"LLaVA-1.5's line after each question: {', '.join(FORMATS)}.")
     filter: str = flag("", f"Rows to leave out, comma-separated: {', '.join(FILTERS)}.")
     val_data: str = flag("", "Rows to validate on.")
+    val_split: float = flag(0.0, "Or: this share of the rows, chosen by --seed, by picture.")
     train: str = flag("", f"Parts that train, comma-separated: {', '.join(PARTS)}.")
     iters: int = flag(0, "Optimizer steps; 0 means --epochs.")
     epochs: float = flag(1.0, "Passes over the data.")
@@ -147,6 +152,9 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "Decay, as AdamW has it; norms and biases have none.")
     adam_beta2: float = flag(0.999, "Second beta of adamw and adam.")
     max_grad_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 means never.")
+    spike_factor: float = flag(
+        10.0, "Skip a step whose gradient norm is so many times the recent median; 0 means never."
+    )
     max_seq_length: int = flag(2048, "Rows with more tokens are left out, with the reason.")
     length_multiple: int = flag(32, "Rows are padded to a multiple of this.")
     share_prefix: int = flag(0, "Up to so many rows of one picture share its computation; 0: none.")
@@ -157,7 +165,9 @@ class TrainConfig:
     save_every: int = flag(500, "Steps between checkpoints; 0 means none.")
     keep: int = flag(2, "Checkpoints kept.")
     steps_per_report: int = flag(10, "Steps between progress lines.")
-    steps_per_eval: int = flag(200, "Steps between validations.")
+    steps_per_eval: int = flag(200, "Steps between validations; the last step has one too.")
+    val_samples: int = flag(3, "Rows whose answers are shown at each validation.")
+    patience: int = flag(0, "Stop after so many validations without a new best; 0 means never.")
     resume: bool = flag(False, "Go on from the last checkpoint in --out.")
     strict: bool = flag(False, "Stop at the first row that cannot be used.")
     lora_rank: int = flag(LoRAConfig.rank, "Rank of the adapters.")
@@ -209,7 +219,11 @@ class TrainConfig:
             raise UsageError(f"--epochs (={self.epochs}) must be above 0 where --iters is 0.")
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate (={self.learning_rate}) must be above 0.")
-        for name in ("hold", "min_learning_rate", "lora_dropout", "adam_beta2"):
+        if self.val_data and self.val_split:
+            raise UsageError("--val-data and --val-split do not go together; drop one.")
+        if self.patience and not (self.val_data or self.val_split):
+            raise UsageError("--patience needs validations: give --val-data or --val-split.")
+        for name in ("hold", "min_learning_rate", "lora_dropout", "adam_beta2", "val_split"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{flag_name(name)} (={getattr(self, name)}) must be 0 to 1.")
         if self.grad_checkpoint and self.share_prefix:
@@ -358,6 +372,10 @@ FREE_ON_RESUME = {
     "steps_per_eval",
     "out",
     "model",
+    # The way on for a run that the guard has stopped, or that patience has.
+    "spike_factor",
+    "patience",
+    "val_samples",
 } | {"data", "images", "cache", "val_data", "strict"}
 
 

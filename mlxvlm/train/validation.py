@@ -1,0 +1,93 @@
+"""What a validation tells: the best step so far, and what the model says of a few fixed rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..data.batching import MicroBatch
+from ..data.feed import Feed
+from ..data.samples import Sample
+from ..language.generate import generate_tokens
+from ..model import VLM
+from .losses import visual_of
+
+MAX_TOKENS = 64
+
+
+@dataclass
+class Best:
+    """The validation with the lowest loss so far, and how many have passed since.
+
+    rows: digest of the rows validated on; losses over other rows cannot be compared.
+    """
+
+    rows: str = ""
+    step: int = 0
+    val_loss: float = float("inf")
+    stale: int = 0
+
+    def see(self, step: int, val_loss: float) -> bool:
+        """Whether a validation is the best so far."""
+        if val_loss < self.val_loss:
+            self.step, self.val_loss, self.stale = step, val_loss, 0
+            return True
+        self.stale += 1
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self) if self.step else {"rows": self.rows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state.get("rows") == self.rows:
+            for name, value in state.items():
+                setattr(self, name, value)
+
+
+def sample_answers(vlm: VLM, feed: Feed, count: int, projected: bool) -> list[dict[str, Any]]:
+    """Greedy answers to the first question of `count` rows, the same ones at every call.
+
+    Each is {"question", "answer", "wanted"}: the last text before the answer, what the model says,
+    what the row has. projected: as for `batch_loss`.
+    """
+    places = np.linspace(0, len(feed.groups), count, endpoint=False).astype(int)
+    found = []
+    for place in dict.fromkeys(places.tolist()):
+        batch, pictures = feed.fetch(MicroBatch([[place]]))
+        if batch is not None:
+            found.append(_answer(vlm, feed, feed.groups[place].rows[0], pictures, projected))
+    return found
+
+
+def _answer(
+    vlm: VLM, feed: Feed, sample: Sample, pictures: list[Any], projected: bool
+) -> dict[str, Any]:
+    tokenizer = vlm.tokenizer
+    assert tokenizer is not None
+    tokens, supervised = sample.tokens, sample.supervised
+    start = int(np.argmax(supervised))
+    stop = start + int(np.argmin(np.append(supervised[start:], False)))
+    prompt, wanted = tokens[:start], tokens[start:stop]
+    image = vlm.config.prompt.image_token_id
+    # A later turn's pictures are not asked about yet.
+    views = int((prompt == image).sum()) // vlm.config.tokens_per_view
+    seen = feed.pictures.views(pictures)
+    visual = None if seen is None or not views else visual_of(vlm, seen[:views], projected)
+    ids = generate_tokens(
+        vlm.language,
+        prompt,
+        vlm.splice(prompt[None], visual)[0],
+        max_tokens=MAX_TOKENS,
+        # The end as the layout has it: not every one ends with a token that ends all answers.
+        stop_ids={*tokenizer.eos_token_ids, int(wanted[-1])},
+        banned_ids=(image,),
+        vocab_size=tokenizer.vocab_size,
+    )
+    text = prompt[int(np.max(np.flatnonzero(prompt == image), initial=-1)) + 1 :]
+    return {
+        "question": tokenizer.decode(text.tolist()).strip(),
+        "answer": tokenizer.decode(list(ids)).strip(),
+        "wanted": tokenizer.decode(wanted.tolist()).strip(),
+    }
