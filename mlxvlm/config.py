@@ -183,11 +183,13 @@ class ProjectorConfig:
 class PromptConfig:
     """How messages and pictures become tokens, as `prompts` lays them out.
 
-    layout: "llama-3", "vicuna_v1", "plain", or "chat_template" (the tokenizer's own template).
+    layout: "llama-3", "vicuna_v1", "internvl2_5", "plain", or "chat_template" (the tokenizer's own
+        template).
     image_placement: "turn" (a picture stands where its user turn names it) or "sequence" (all
         pictures stand before the first token of text, as the Llama3-V blog has it).
     image_suffix: text between a picture and what follows it.
-    system: default system message; empty means the layout's own (vicuna_v1 has one) or none.
+    system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
+        one) or none.
     image_token_id: the id that marks a visual token; reserved or beyond the vocabulary, masked
         before the embedding lookup, never sampled.
     """
@@ -199,7 +201,11 @@ class PromptConfig:
     image_token_id: int = 128002
 
     def __post_init__(self) -> None:
-        _one_of("prompt.layout", self.layout, ("llama-3", "vicuna_v1", "plain", "chat_template"))
+        _one_of(
+            "prompt.layout",
+            self.layout,
+            ("llama-3", "vicuna_v1", "internvl2_5", "plain", "chat_template"),
+        )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
 
 

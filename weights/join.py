@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Tokens that vocabularies hold for a use like this; the first one that is there marks a picture.
 IMAGE_TOKENS = (
     "<|reserved_special_token_0|>",
+    "<IMG_CONTEXT>",
     "<image>",
     "<|image|>",
     "<|image_pad|>",

@@ -106,11 +106,12 @@ def control(tokenizer: Tokenizer, names: Sequence[str], layout: str) -> list[int
 
 
 def _layout(name: str) -> Callable[..., list[Piece]]:
-    from . import llama3, plain, template, vicuna
+    from . import internvl, llama3, plain, template, vicuna
 
     layouts = {
         "llama-3": llama3.pieces,
         "vicuna_v1": vicuna.pieces,
+        "internvl2_5": internvl.pieces,
         "plain": plain.pieces,
         "chat_template": template.pieces,
     }

@@ -365,10 +365,10 @@ class Trainer:
         tokens = sum(batch.num_tokens for batch, _ in batches)
         line: dict[str, Any] = {"step": self.step, "loss": None}
         # NaN is no JSON: what is not finite is left out.
-        measured: dict[str, Any] = {
+        values: dict[str, Any] = {
             k if k == "loss" else f"{k}_loss": v.item() for k, v in parts.items()
         }
-        line |= {name: value for name, value in measured.items() if math.isfinite(value)}
+        line |= {name: value for name, value in values.items() if math.isfinite(value)}
         line |= {"skipped": skipped} if skipped else {}
         return line | {
             "tokens": tokens,
