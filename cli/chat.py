@@ -100,7 +100,7 @@ def chat(
 
     limits.limit_serving()
     vlm = load(
-        model or str(_demo()),
+        model or str(demo()),
         adapter=adapter_path,
         dtype=dtype,
         revision=revision,
@@ -236,7 +236,8 @@ def _text(raw: str) -> str:
     return raw.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _demo() -> Path:
+def demo() -> Path:
+    """The folder of the small model that comes with the package."""
     import mlxvlm.weights
 
     folder = Path(mlxvlm.weights.__file__).parent / DEMO

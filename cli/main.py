@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import mlxvlm
-from mlxvlm.cli import cache
+from mlxvlm.cli import cache, data
 from mlxvlm.cli.boundary import Boundary
 from mlxvlm.cli.build import build
 from mlxvlm.cli.cache_embeddings import cache_embeddings
@@ -50,6 +50,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(cache_embeddings)
 app.add_typer(cache.app, name="cache")
+app.add_typer(data.app, name="data")
 for command in (build, pretrain, sft, lora, fuse):
     app.command()(command)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 SAMPLE = ("question", "answer", "wanted")
@@ -78,17 +79,21 @@ def _batching(
 
 
 def list_skipped(
-    skipped: list[tuple[str, str]], counts: dict[str, int] | None = None, most: int = 5
+    skipped: list[tuple[str, str]],
+    counts: dict[str, int] | None = None,
+    most: int = 5,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Names the first few rows that were left out, and counts the others; counts: by their kind."""
+    tell = tell or say
     if not skipped:
         return
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in (counts or {}).items())
-    say(f"left out {len(skipped):,}{f' ({kinds})' if kinds else ''}:")
+    tell(f"left out {len(skipped):,}{f' ({kinds})' if kinds else ''}:")
     for where, reason in skipped[:most]:
-        say(f"  {where}: {reason}")
+        tell(f"  {where}: {reason}")
     if len(skipped) > most:
-        say(f"  ... and {len(skipped) - most:,} more")
+        tell(f"  ... and {len(skipped) - most:,} more")
 
 
 def duration(seconds: float) -> str:

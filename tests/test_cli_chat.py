@@ -184,7 +184,7 @@ def test_ctrl_c_ends_a_single_answer_with_130(chat, monkeypatch):
 
 
 def test_the_default_model_says_what_it_is(chat, folder, monkeypatch):
-    monkeypatch.setattr("mlxvlm.cli.chat._demo", lambda: folder / "model")
+    monkeypatch.setattr("mlxvlm.cli.chat.demo", lambda: folder / "model")
     done = chat("-p", "Why?", model=None)
     assert ABOUT in done.stderr and "-m names a real model" in done.stderr
     assert ABOUT not in done.stdout

@@ -50,17 +50,11 @@ def load(
     stays as stored, but a vision tower stored in float16 becomes float32 (it would overflow).
     report: called with a `Download` before anything is fetched.
     """
-    from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
     wanted = parse_dtype(dtype)
     folder = resolve(path_or_hub_id, revision, report)
-    family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = Checkpoint.open(folder)
-    config = model_config(checkpoint, family)
-    tokenizer = Tokenizer.load(folder)
-    if family is llava:
-        choose_prompt(config, tokenizer, folder)
+    family, checkpoint, config, tokenizer = _open_whole(folder)
     vlm = VLM(config, tokenizer)
     fill(vlm, checkpoint, family.rename, dtype=wanted, quantization=config.quantization)
     if adapter is not None:
@@ -69,6 +63,14 @@ def load(
         load_adapter(vlm, adapter)
     vlm.eval()  # an adapter's dropout is for training
     return vlm
+
+
+def load_prompting(
+    path_or_hub_id: str | Path, revision: str | None = None, report: Report | None = None
+) -> tuple[ModelConfig, Tokenizer]:
+    """A whole model's choices and its tokenizer, without its weights."""
+    *_, config, tokenizer = _open_whole(resolve(path_or_hub_id, revision, report))
+    return config, tokenizer
 
 
 def load_encoder(
@@ -245,6 +247,18 @@ def _speaks_as_vicuna(tokenizer: Tokenizer) -> bool:
 
 def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] | None:
     return rename_quantization(stored_quantization(checkpoint.config), family.rename)
+
+
+def _open_whole(folder: Path) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
+    from mlxvlm.language.tokenizer import Tokenizer
+
+    family = _family(folder, WHOLE, "a vision-language model")
+    checkpoint = Checkpoint.open(folder)
+    config = model_config(checkpoint, family)
+    tokenizer = Tokenizer.load(folder)
+    if family is llava:
+        choose_prompt(config, tokenizer, folder)
+    return family, checkpoint, config, tokenizer
 
 
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:

@@ -117,7 +117,7 @@ def read_source(
     if source.response_format not in ("", NONE):
         rows = _asked(rows, source.response_format)
     if source.filters:
-        rows = screen(rows, source.filters, partial(_digest, pictures))
+        rows = screen(rows, source.filters, partial(digest_of, pictures))
     samples, about.skipped = prepare(
         rows,
         reading.tokenizer,
@@ -215,7 +215,8 @@ def _fetched(rows: Rows, pictures: Pictures) -> Rows:
             yield from stretch
 
 
-def _digest(pictures: Pictures, name: str) -> str:
+def digest_of(pictures: Pictures, name: str) -> str:
+    """sha256 of a picture's content."""
     if pictures.cache is not None:
         return pictures.cache.sha256_of(name)
     try:

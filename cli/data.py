@@ -1,0 +1,223 @@
+"""`mlxvlm data`: looks at training data before a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxvlm.cli.progress import list_skipped, say
+from mlxvlm.data.mixture import FILTERS
+from mlxvlm.data.response_formats import FORMATS
+
+if TYPE_CHECKING:
+    from mlxvlm.data.check import Report
+
+app = typer.Typer(help="Look at training data before a run.", no_args_is_help=True)
+
+FAILED = 1
+GREEN, GREY, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+BAR = 40
+
+
+@app.callback()
+def group() -> None: ...
+
+
+@app.command()
+def check(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATA...", help="What training takes as --data; or a recipe's, with --config."
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Whose tokens to count. Default: the recipe's, or the small one."
+        ),
+    ] = "",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A recipe, with its sources and limits.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option("--images", help="Folder that picture names are relative to.")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Look pictures up in this cache, instead of opening them."),
+    ] = None,
+    max_seq_length: Annotated[
+        int | None, typer.Option("--max-seq-length", help="As in training (default: 2048).")
+    ] = None,
+    filter: Annotated[
+        str | None,
+        typer.Option("--filter", help=f"As in training, comma-separated: {', '.join(FILTERS)}."),
+    ] = None,
+    response_format: Annotated[
+        str | None, typer.Option("--response-format", help=f"As in training: {', '.join(FORMATS)}.")
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch pictures that rows name by a web address.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="As in training.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Read only the pictures' headers, not their pixels.")
+    ] = False,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="Rows to show of every source.")
+    ] = 3,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if anything would be left out.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object.")
+    ] = False,
+) -> None:
+    """Say what is in DATA, what training would leave out and why, and show what it would learn.
+
+    Rows and pictures go the way that they go in training; what is learnt is coloured, or stands
+    between {+ and +}.
+    """
+    from dataclasses import replace
+
+    from mlxvlm.cache import EmbeddingCache
+    from mlxvlm.cli.chat import demo
+    from mlxvlm.data.check import Tiler, describe
+    from mlxvlm.data.check import check as look
+    from mlxvlm.data.gather import Reading, shelf_of
+    from mlxvlm.data.hub import local_data
+    from mlxvlm.train.stages import stage_config
+    from mlxvlm.weights.load import load_prompting
+
+    given = {
+        "model": model or (None if config else str(demo())),
+        "data": data or None,
+        "out": "unused",
+        "images": images,
+        "cache": cache,
+        "max_seq_length": max_seq_length,
+        "filter": filter,
+        "response_format": response_format,
+        "allow_urls": allow_urls or None,
+        "seed": seed,
+    }
+    run = stage_config("sft", given, config)
+    named = bool(model or config)
+    choices, tokenizer = load_prompting(run.model, report=lambda download: say(str(download)))
+    sources = [
+        replace(s, data=local_data(s.data, lambda download: say(str(download))))
+        for s in run.all_sources
+    ]
+    tiler: Any = Tiler(choices.tiling)
+    shelves = [
+        shelf_of(
+            source,
+            tiler,
+            EmbeddingCache.open(source.cache) if source.cache else None,
+            choices.tiling,
+            run.allow_urls,
+        )
+        for source in sources
+    ]
+    # The small model's tokens say nothing of what another model has room for.
+    longest = run.max_seq_length if named or max_seq_length else sys.maxsize
+    targets = tuple(run.targets)
+    reading = Reading(tokenizer, choices, longest, targets, run.seed, run.allow_urls)
+    line = _Line()
+    report = look(sources, run.mixture, shelves, reading, fast, samples, line.show)
+    line.end()
+    if as_json:
+        typer.echo(json.dumps(describe(report) | {"model": run.model}))
+    else:
+        _tell(report, run.model if named else "", fast)
+    if strict and not report.clean:
+        raise typer.Exit(FAILED)
+
+
+def _tell(report: Report, model: str, fast: bool) -> None:
+    from mlxvlm.data.check import describe
+
+    about = describe(report)
+    for one in about["sources"]:
+        typer.echo(
+            f"{one['data']}: {one['rows']:,} rows, {one['usable']:,} usable, "
+            f"{one['used']:,} in an epoch"
+        )
+    kinds = about["kinds"]
+    typer.echo(
+        f"pictures a row: one {kinds['single']:,}, several {kinds['multi']:,}, "
+        f"none {kinds['text']:,}"
+    )
+    skipped = [(one.where, one.reason) for one in report.gathered.skipped]
+    list_skipped(skipped, about["left_out"], tell=typer.echo)
+    _pictures(about["pictures"], fast)
+    for kind, count in about["would_filter"].items():
+        typer.echo(f"{kind}: {count:,} (see --filter)")
+    if not about["rows"]:
+        return
+    typer.echo("")
+    who = model or "the small model; name yours with -m"
+    typer.echo(f"tokens, as counted by {who}")
+    names = list(about["tokens"]["tokens"])
+    typer.echo(f"{'':<12}" + "".join(f"{name:>9}" for name in names) + f"{'in all':>14}")
+    for name, values in about["tokens"].items():
+        cells = "".join(f"{values[key]:>9,}" for key in names)
+        typer.echo(f"{name:<12}{cells}{about['totals'][name]:>14,}")
+    typer.echo("")
+    most = max(count for *_, count in about["histogram"])
+    for low, high, count in about["histogram"]:
+        bar = "#" * -(-count * BAR // most)
+        typer.echo(f"{f'{low:,}-{high:,}':>15} {count:>9,} {bar}".rstrip())
+    for one in report.rendered:
+        typer.echo(f"\n{one.where}")
+        typer.echo(_shown(one.spans))
+
+
+def _pictures(about: dict[str, Any], fast: bool) -> None:
+    how = "have good headers" if fast else "open"
+    if not about["named"]:
+        return
+    sizes = ""
+    if about["width"]:
+        middle = f"{about['width']['50%']} x {about['height']['50%']}"
+        sizes = f"; sizes {middle} in the middle, up to "
+        sizes += f"{about['width']['max']} wide and {about['height']['max']} high"
+    typer.echo(f"pictures: {about['named']:,}, of which {about['opened']:,} {how}{sizes}")
+    if about["bad"]:
+        typer.echo(f"pictures that do not, {about['rows_lost']:,} rows with them:")
+        bad = [(one["name"], one["reason"]) for one in about["bad"]]
+        list_skipped(bad, tell=typer.echo)
+
+
+def _shown(spans: list[tuple[str, bool]]) -> str:
+    """What is learnt in green, where there is colour."""
+    colour = sys.stdout.isatty()
+    text = ""
+    for span, learnt in spans:
+        safe = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in span)
+        if learnt:
+            text += f"{GREEN}{safe}{PLAIN}" if colour else f"{{+{safe}+}}"
+        else:
+            text += f"{GREY}{safe}{PLAIN}" if colour else safe
+    return text
+
+
+class _Line:
+    """Progress of opening pictures, on a terminal."""
+
+    def __init__(self) -> None:
+        self.on = sys.stderr.isatty()
+
+    def show(self, done: int, among: int) -> None:
+        if self.on:
+            sys.stderr.write(f"\r{done:,}/{among:,} pictures")
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self.on:
+            sys.stderr.write("\r" + " " * 40 + "\r")
