@@ -28,7 +28,7 @@ def cache_embeddings(
         typer.Argument(
             metavar="DATA...",
             help="Pictures: a folder, rows that name them (.json, .jsonl), WebDataset .tar or "
-            ".parquet files, or a folder of those.",
+            ".parquet files, a folder of those, or a data set of the hub.",
         ),
     ],
     out: Annotated[
@@ -100,6 +100,9 @@ def cache_embeddings(
             help="Don't look again at pictures that DIR knows by name; they may be gone.",
         ),
     ] = False,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch pictures that rows name by a web address.")
+    ] = False,
     plan_only: Annotated[
         bool,
         typer.Option("--plan", help="Only say what it would take, from a few batches; no writing."),
@@ -123,13 +126,15 @@ def cache_embeddings(
     from mlxvlm.cache.jobs import distinct
     from mlxvlm.cache.parts import Part
     from mlxvlm.cache.writer import check_folder, settle_about, write_cache
+    from mlxvlm.data.hub import local_data
 
     codec_named(codec)  # before a model is fetched
     part = Part.parse(shard) if shard else Part.launched()
     if part and not shard:
         out = part.folder(out)
     check_folder(out)
-    sources, bad_rows = picture_sources(data, images, trust_names)
+    data = [Path(local_data(str(one), lambda download: say(str(download)))) for one in data]
+    sources, bad_rows = picture_sources(data, images, trust_names, allow_urls)
     if strict and bad_rows:
         where, reason = bad_rows[0]
         raise DataError(f"{len(bad_rows):,} rows cannot be used; the first, {where}: {reason}")

@@ -14,6 +14,7 @@ from tiny_vlm import picture, tiny_vlm
 from typer.testing import CliRunner
 
 from mlxvlm.cache import EmbeddingCache
+from mlxvlm.cache.inputs import picture_sources
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.cli.main import app
 from mlxvlm.data.check import Tiler, check, histogram
@@ -123,6 +124,10 @@ def test_it_never_disagrees_with_training(place, tmp_path, flags):
     if "cache" not in flags:
         assert [name for name, _ in report.seen.bad] == ["torn.png"] and report.seen.rows == 1
     written = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    lost = [one for one in written if one not in written[: len(report.gathered.skipped)]]
+    written = written[: len(report.gathered.skipped)]
+    torn = [] if "cache" in flags else ["bad.jsonl:27"]
+    assert [one["where"] for one in lost] == torn
     assert [
         (one["where"], one["reason"], one["kind"]) for one in written
     ] == report.gathered.skipped
@@ -298,6 +303,12 @@ def test_url_pictures_are_fetched_only_if_asked(place, tmp_path, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+    sources, bad = picture_sources(tmp_path / "web.jsonl", allow_urls=True)
+    assert [name for name, *_ in sources] == names[:2] and [where for where, _ in bad] == [
+        "web.jsonl:4"
+    ]
+    with pytest.raises(DataError, match="4 rows are bad.*--allow-urls"):
+        picture_sources(tmp_path / "web.jsonl")
     (left,) = trainer.gathered.skipped
     assert left.where == "web.jsonl:4" and left.kind == "picture" and "404" in left.reason
     assert len(set(asked)) == len([path for path in asked if "9.png" not in path]) + 1 == 3

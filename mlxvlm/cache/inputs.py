@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.archives import read_entries, with_pictures
-from ..data.origins import Origin, locate
+from ..data.origins import locate
 from ..data.records import parse_record
 from ..data.sources import (
     MAIN_ROWS,
@@ -15,7 +15,8 @@ from ..data.sources import (
     list_pictures,
     read_rows,
 )
-from ..errors import DataError
+from ..data.urls import fetch_all, is_url, local
+from ..errors import DataError, PictureError
 from .jobs import Named
 
 BadRows = list[tuple[str, str]]
@@ -25,6 +26,7 @@ def picture_sources(
     data: str | Path | list[Path],
     images: str | Path | None = None,
     trust_names: bool = False,
+    allow_urls: bool = False,
 ) -> tuple[list[Named], BadRows]:
     """(pictures in order of first appearance, (where, reason) of bad rows).
 
@@ -36,14 +38,15 @@ def picture_sources(
         such are taken one after the other. Rows without pictures are passed over.
     images: what the rows' names are relative to; the data's own folder by default. Names stay as
         the data have them, so that training looks them up as they are.
-    trust_names: the pictures themselves need not be there.
+    trust_names: the pictures themselves need not be there. allow_urls: those that rows name by a
+        web address are fetched; otherwise their rows are bad.
     """
     found: dict[str, Named] = {}
     more: dict[tuple[str, int], Named] = {}
     bad: BadRows = []
     archives: dict[str, Path] = {}
     for one in data if isinstance(data, list) else [data]:
-        for named in _sources(Path(one), images, trust_names, bad, archives):
+        for named in _sources(Path(one), images, trust_names, bad, archives, allow_urls):
             first = found.setdefault(named.name, named)
             if first.among != named.among:
                 key = named.name, named.among
@@ -60,6 +63,7 @@ def _sources(
     trust_names: bool,
     bad: BadRows,
     archives: dict[str, Path],
+    allow_urls: bool,
 ) -> Iterator[Named]:
     if data.is_dir() and not any((data / name).is_file() for name in MAIN_ROWS):
         pictures = list_pictures(data)
@@ -75,7 +79,8 @@ def _sources(
                 f"{archives[prefix]} and {archive} have one name, and their pictures would too: "
                 "name a folder that holds both."
             )
-        yield from _in_archive(archive, prefix, Path(images) if images else top, bad)
+        outside = Path(images) if images else top
+        yield from _in_archive(archive, prefix, outside, bad, allow_urls)
     if inside:
         return
     rows = find_rows(data)
@@ -86,14 +91,17 @@ def _sources(
             "cached, add --trust-names."
         )
     for where, record in read_rows(rows):
-        if isinstance(record, DataError):
-            bad.append((where, str(record).removeprefix(f"{where}: ")))
-            continue
-        for name in record.images:
-            yield Named(name, _place(root, name), len(record.images))
+        try:
+            if isinstance(record, DataError):
+                raise record
+            yield from _named(record.images, root, allow_urls)
+        except DataError as error:
+            bad.append((where, str(error).removeprefix(f"{where}: ")))
 
 
-def _in_archive(archive: Path, prefix: str, root: Path, bad: BadRows) -> Iterator[Named]:
+def _in_archive(
+    archive: Path, prefix: str, root: Path, bad: BadRows, allow_urls: bool
+) -> Iterator[Named]:
     """Pictures by their place in the archive, and by the names that their rows give them; those
     that rows only name lie under `root`."""
     for entry in read_entries(archive):
@@ -102,8 +110,7 @@ def _in_archive(archive: Path, prefix: str, root: Path, bad: BadRows) -> Iterato
         if isinstance(row, dict):
             try:
                 record = parse_record(with_pictures(entry, prefix), entry.where)
-                outside = [] if names else record.images
-                yield from (Named(n, _place(root, n), len(outside)) for n in outside)
+                yield from _named([] if names else record.images, root, allow_urls)
             except DataError as error:
                 row = error
         if isinstance(row, DataError):  # its pictures are good all the same
@@ -117,6 +124,17 @@ def _in_archive(archive: Path, prefix: str, root: Path, bad: BadRows) -> Iterato
                 yield Named(name, origin, among)
 
 
-def _place(root: Path, name: str) -> Origin:
-    origin = locate(root, name)
-    return str(origin) if isinstance(origin, Path) else origin
+def _named(names: list[str], root: Path, allow_urls: bool) -> Iterator[Named]:
+    """Pictures that a row names, each under `root` or, where that is allowed, fetched."""
+    urls = [name for name in names if is_url(name)]
+    if urls and not allow_urls:
+        raise DataError(f"{urls[0]} is a web address, and none is fetched unasked: --allow-urls.")
+    if urls:
+        fetch_all(urls)
+    for name in names:
+        try:
+            origin = local(name) if is_url(name) else locate(root, name)
+        except PictureError as error:
+            raise DataError(str(error)) from None
+        origin = str(origin) if isinstance(origin, Path) else origin
+        yield Named(name, origin, len(names))

@@ -156,7 +156,7 @@ class Feed:
     """Endless micro-batches in an order that only their settings and the rows decide.
 
     strict: a picture that fails ends the run, instead of costing its own rows. loss: how labels are
-    weighed, as in `label_weight`.
+    weighed, as in `label_weight`. failed: the pictures that did, and why; lost: their rows.
     """
 
     samples: Sequence[Sample]
@@ -166,6 +166,7 @@ class Feed:
     strict: bool = False
     loss: str = "token"
     failed: dict[str, str] = field(default_factory=dict)
+    lost: dict[tuple[int, str], tuple[Sample, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[Group] = group(self.samples, self.share_prefix)
@@ -213,13 +214,14 @@ class Feed:
 
     def _read(self, number: int, found: list[Any], time: tuple[int, int] | None) -> bool:
         """Adds the pictures of a group to `found`, all or none."""
-        row = self.groups[number].rows[0]
+        rows = self.groups[number].rows
         try:
-            found += self.pictures.of(row, time)
+            found += self.pictures.of(rows[0], time)
         except VLMError as error:
             if self.strict:
                 raise
-            self.failed[", ".join(row.images)] = str(error)
+            self.failed[", ".join(rows[0].images)] = str(error)
+            self.lost |= {(row.source, row.where): (row, str(error)) for row in rows}
             return False
         return True
 

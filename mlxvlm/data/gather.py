@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import ModelConfig, TilingConfig
-from ..errors import DataError, UsageError, VLMError
+from ..errors import DataError, PictureError, UsageError, VLMError
 from ..images.tiling import tiles_each
 from .augment import AUGMENTATIONS
 from .feed import Pictures, Several
@@ -28,15 +27,15 @@ from .records import Record
 from .response_formats import ask_for
 from .samples import Sample, Skipped, prepare
 from .sources import finder, picture_root, read_records, read_rows
-from .urls import is_url
+from .urls import fetch_all
 
 if TYPE_CHECKING:
     from ..cache import EmbeddingCache
     from ..language.tokenizer import Tokenizer
     from ..vision.encoder import Encoder
 
-# Rows whose addresses are fetched together, and how many at once.
-TOGETHER, FETCHERS = 256, 16
+# Rows whose addresses are fetched together.
+TOGETHER = 256
 
 Rows = Iterator[tuple[str, Record | VLMError]]
 
@@ -113,7 +112,7 @@ def read_source(
     about = Found(source)
     rows = _drawn(source, reading, about)
     if reading.allow_urls and pictures.cache is None:
-        rows = _fetched(rows, pictures)
+        rows = _fetched(rows)
     if source.response_format not in ("", NONE):
         rows = _asked(rows, source.response_format)
     if source.filters:
@@ -175,13 +174,21 @@ def limit_of(tiling: TilingConfig, most: int) -> Callable[[int], int | None]:
     return limit
 
 
-def write_skipped(path: Path, gathered: Gathered) -> None:
-    """A line of JSON for each row that was left out: data, source, where, kind, reason."""
+def write_skipped(
+    path: Path, gathered: Gathered, failed: Sequence[tuple[Sample, str]] = ()
+) -> None:
+    """A line of JSON for each row that was left out: source, data, where, reason, kind.
+
+    failed: rows whose pictures turned out to be unreadable in training, and why.
+    """
+    rows = [(found.source, one) for found in gathered.each for one in found.skipped]
+    for sample, reason in failed:
+        one = Skipped(sample.where, reason, PictureError.default_kind)
+        rows.append((gathered.each[sample.source].source, one))
     with path.open("w", encoding="utf-8") as file:
-        for found in gathered.each:
-            for one in found.skipped:
-                about = {"source": found.source.name, "data": found.source.data}
-                file.write(json.dumps(about | one._asdict(), ensure_ascii=False) + "\n")
+        for source, one in rows:
+            about = {"source": source.name, "data": source.data}
+            file.write(json.dumps(about | one._asdict(), ensure_ascii=False) + "\n")
 
 
 def _drawn(source: Source, reading: Reading, about: Found) -> Rows:
@@ -199,20 +206,11 @@ def _asked(rows: Rows, name: str) -> Rows:
         yield where, row
 
 
-def _fetched(rows: Rows, pictures: Pictures) -> Rows:
+def _fetched(rows: Rows) -> Rows:
     """The rows, once their addresses were fetched; one that fails shows in `prepare`."""
-
-    def fetch(name: str) -> None:
-        try:
-            pictures.find(name)
-        except VLMError:
-            pass
-
-    with ThreadPoolExecutor(FETCHERS) as pool:
-        while stretch := list(islice(rows, TOGETHER)):
-            named = [n for _, row in stretch if isinstance(row, Record) for n in row.images]
-            list(pool.map(fetch, dict.fromkeys(name for name in named if is_url(name))))
-            yield from stretch
+    while stretch := list(islice(rows, TOGETHER)):
+        fetch_all(name for _, row in stretch if isinstance(row, Record) for name in row.images)
+        yield from stretch
 
 
 def digest_of(pictures: Pictures, name: str) -> str:

@@ -11,10 +11,15 @@ import hashlib
 import os
 import tempfile
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import PictureError
 from ..images.fetch import fetch
+
+AT_ONCE = 16
 
 _failed: dict[str, str] = {}
 _lock = threading.Lock()
@@ -22,6 +27,17 @@ _lock = threading.Lock()
 
 def is_url(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
+
+
+def fetch_all(names: Iterable[str]) -> None:
+    """`local` for every address among names, several at once; one that fails fails again there."""
+
+    def fetch_one(url: str) -> None:
+        with suppress(PictureError):
+            local(url)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(fetch_one, dict.fromkeys(name for name in names if is_url(name))))
 
 
 def local(url: str) -> Path:

@@ -90,7 +90,7 @@ class Trainer:
         self.val = self._feed(validation, Mixture(), "token")[1] if validation else None
         if config.val_split:
             kept, held = split(self.feed.samples, config.val_split, config.seed)
-            self.val = replace(self.feed, samples=held, loss="token", failed={})
+            self.val = replace(self.feed, samples=held, loss="token", failed={}, lost={})
             self.feed = replace(self.feed, samples=kept)
             self.report("split", {"rows": len(kept), "held": len(held)})
         micro = config.grad_accumulation_steps
@@ -310,6 +310,8 @@ class Trainer:
             metrics.close()
             if samples:
                 samples.close()
+            if self.feed.lost:
+                write_skipped(self.out / SKIPPED, self.gathered, list(self.feed.lost.values()))
         if self.best.step:
             best = checkpoint.load_best(self.out, self.best.step)
             self.vlm.update(tree_unflatten(list(best.items())))
