@@ -153,7 +153,7 @@ def _tell(report: Report, model: str, fast: bool) -> None:
         f"pictures a row: one {kinds['single']:,}, several {kinds['multi']:,}, "
         f"none {kinds['text']:,}"
     )
-    skipped = [(one.where, one.reason) for one in report.gathered.skipped]
+    skipped = [(one.where, one.reason) for one in report.gathered.examples()]
     list_skipped(skipped, about["left_out"], tell=typer.echo)
     _pictures(about["pictures"], fast)
     for kind, count in about["would_filter"].items():

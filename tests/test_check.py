@@ -143,6 +143,8 @@ def test_every_reason_has_its_kind(place, tmp_path):
         "too long": 1,
         "nothing supervised": 1,
     }
+    first = [one.kind for one in report.gathered.examples()]
+    assert first[-1] == "malformed" and len(set(first[:-1])) == 5
     assert report.would_filter == {"duplicate": 1, "repetition": 1, "abnormal length": 1}
     wanted = {"filter": "repetition,lengths,duplicates"}
     filtered = checked(config_of(place, tmp_path, **wanted))

@@ -82,6 +82,15 @@ class Gathered:
             for one in found.skipped
         ]
 
+    def examples(self) -> list[Skipped]:
+        """`skipped`, but the first of every kind before the second of any."""
+        met: Counter[str] = Counter()
+        ranked = []
+        for one in self.skipped:
+            met[one.kind] += 1
+            ranked.append((met[one.kind], one))
+        return [one for _, one in sorted(ranked, key=lambda pair: pair[0])]
+
     def counts(self) -> dict[str, int]:
         """How many rows were left out, by the kind of what is wrong, the most frequent first."""
         return dict(Counter(one.kind for one in self.skipped).most_common())

@@ -221,7 +221,7 @@ class Trainer:
             {
                 "data": data,
                 "rows": len(samples),
-                "skipped": skipped,
+                "skipped": gathered.examples(),
                 "counts": gathered.counts(),
                 "sources": [(f.source.name, f.rows, f.usable, f.used) for f in gathered.each],
                 "batching": feed.plan.describe() if feed else None,
