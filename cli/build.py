@@ -62,7 +62,7 @@ def build(
         typer.Option("--feature-norm/--no-feature-norm", help="The tower's final norm after it."),
     ] = None,
     layout: Annotated[
-        Literal["llama-3", "vicuna_v1", "plain", "chat_template"] | None,
+        Literal["llama-3", "vicuna_v1", "internvl2_5", "plain", "chat_template"] | None,
         typer.Option(help="The prompt's layout. Default: by the tokenizer."),
     ] = None,
     fresh_language: Annotated[

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from mlxvlm.cli.launch import is_launched, launch, leave_mark
 from mlxvlm.cli.progress import Progress, say
 from mlxvlm.train.stages import STAGES, TrainConfig, flag_name, stage_config
 
@@ -26,7 +27,12 @@ HELP = {
 
 def train(stage: str, flags: dict[str, Any]) -> None:
     recipe, as_json = flags.pop("config"), flags.pop("as_json")
+    ranks, hostfile = flags.pop("ranks"), flags.pop("hostfile") or ""
     config = stage_config(stage, flags, recipe)
+    if (ranks > 1 or hostfile) and not is_launched():
+        others = flags | {"config": recipe, "json": as_json}
+        launch([stage, *arguments(others)], ranks, hostfile)
+        return
 
     from mlxvlm.machine import limits
     from mlxvlm.train.loop import Trainer
@@ -35,7 +41,11 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     limits.limit_training()
     progress = Progress()
     with limits.awake():
-        summary = Trainer(config, progress.training).run()
+        trainer = Trainer(config, progress.training)
+        summary = trainer.run()
+    if not trainer.ranks.leads:
+        return
+    leave_mark()
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -62,12 +72,25 @@ def command(stage: str) -> Any:
     parameters = [
         _parameter("config", str, "Recipe (TOML) with the same names as the flags; flags win."),
         *_from_config(stage),
+        _parameter("ranks", int, "Processes on this machine that share the work.", None, 1),
+        _parameter("hostfile", str, "Or: Macs that do, as mlx.launch's --hostfile names them."),
         _parameter("as_json", bool, "Print the summary as one JSON object.", ["--json"], False),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__name__ = stage
     run.__doc__ = HELP[stage]
     return run
+
+
+def arguments(flags: dict[str, Any]) -> list[str]:
+    """Flags as they are written on a command line; those that were not given are left out."""
+    found: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            found.append(flag_name(name))
+        elif value is not None and value is not False:
+            found += [flag_name(name), str(value)]
+    return found
 
 
 def _from_config(stage: str) -> list[inspect.Parameter]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +26,6 @@ from .jobs import Job
 T = TypeVar("T")
 
 PART_JSON = "part.json"  # in a cache that names pictures which the parts before it have
-
-# What `mlx.launch` and mpirun set in each process that they start.
-_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Part(NamedTuple):
@@ -50,12 +46,10 @@ class Part(NamedTuple):
     @classmethod
     def launched(cls) -> Part | None:
         """This process's part among those that mlx.launch started; None where it did not."""
-        if not any(name in os.environ for name in _LAUNCHED):
-            return None
-        import mlx.core as mx
+        from ..machine.ranks import launched_group
 
-        group = mx.distributed.init()
-        return cls(group.rank() + 1, group.size()) if group.size() > 1 else None
+        group = launched_group()
+        return cls(group.rank() + 1, group.size()) if group else None
 
     def folder(self, out: Path) -> Path:
         """Where a launched process writes: several may run on one machine."""

@@ -156,7 +156,8 @@ class Feed:
     """Endless micro-batches in an order that only their settings and the rows decide.
 
     strict: a picture that fails ends the run, instead of costing its own rows. loss: how labels are
-    weighed, as in `label_weight`. failed: the pictures that did, and why; lost: their rows.
+    weighed, as in `label_weight`. rank, ranks: the plan's batches are for all ranks, and this feed
+    gives one rank's share of each. failed: the pictures that did, and why; lost: their rows.
     """
 
     samples: Sequence[Sample]
@@ -165,6 +166,8 @@ class Feed:
     share_prefix: int = 0
     strict: bool = False
     loss: str = "token"
+    rank: int = 0
+    ranks: int = 1
     failed: dict[str, str] = field(default_factory=dict)
     lost: dict[tuple[int, str], tuple[Sample, str]] = field(default_factory=dict)
 
@@ -202,7 +205,9 @@ class Feed:
         """
         time = None if epoch is None else (self.batching.seed, epoch)
         found: list[Any] = []
-        lines = [[g for g in line if self._read(g, found, time)] for line in micro.lines]
+        # A bucket is sorted by length: taken in turn, rows of like length meet on every rank.
+        mine = micro.lines[self.rank :: self.ranks]
+        lines = [[g for g in line if self._read(g, found, time)] for line in mine]
         lines = [[self.groups[g] for g in line] for line in lines if line]
         if not lines:
             return None, []

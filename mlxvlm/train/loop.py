@@ -49,6 +49,7 @@ from ..weights.join import check_out
 from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
+from .distributed import Ranks
 from .guard import Guard
 from .losses import batch_loss, count, gradients
 from .optimizer import Optimizer, clip, learning_rate
@@ -72,7 +73,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, report: Report | None = None):
         self.config = config
-        self.report = report or (lambda kind, values: None)
+        self.ranks = Ranks()
+        self.report: Report = lambda kind, values: None
+        if report and self.ranks.leads:
+            self.report = report
         self.out = _check_out(config)
         # A hub id is looked up once, so that a branch that moves cannot change a run on its way.
         self.model = resolve(config.model, report=self._tell)
@@ -96,6 +100,7 @@ class Trainer:
         micro = config.grad_accumulation_steps
         self.steps = config.iters or math.ceil(self.feed.batches(config.epochs) / micro)
         self.identity = fingerprint(config) | {
+            "batch_size": config.batch_size * self.ranks.size,
             "steps": self.steps,
             "model's tensors": _digest_model(self.vlm, config.trains_vision),
             "rows": self.feed.digest(),
@@ -105,6 +110,9 @@ class Trainer:
         self.best = Best(self.val.digest() if self.val else "")
         self.gradient = nn.value_and_grad(self.vlm, batch_loss)
         self.step = 0
+        self.interrupted = threading.Event()
+        # Whether a rank was interrupted, as all of them know it.
+        self.stopping = False
 
     def _tell(self, download: Any) -> None:
         self.report("download", {"what": str(download)})
@@ -243,7 +251,7 @@ class Trainer:
     def _meet(self, samples: list[Sample], pictures: Pictures, loss: str) -> Feed:
         config, lm = self.config, self.vlm.language
         batching = Batching(
-            config.batch_size,
+            config.batch_size * self.ranks.size,
             config.batching,
             config.length_multiple,
             config.pack_length,
@@ -254,14 +262,24 @@ class Trainer:
             language_width(self.vlm.config.language),
             partial(longest_pack, lm),
         )
-        return Feed(samples, pictures, batching, config.share_prefix, config.strict, loss)
+        return Feed(
+            samples,
+            pictures,
+            batching,
+            config.share_prefix,
+            config.strict,
+            loss,
+            self.ranks.rank,
+            self.ranks.size,
+        )
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, saves the result in `out`, and returns a summary.
 
         Where there are validations, the result is the model as it was at the best of them.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.ranks.leads:
+            self.out.mkdir(parents=True, exist_ok=True)
         with checkpoint.until_full(self.out):
             return self._run()
 
@@ -269,9 +287,10 @@ class Trainer:
         config = self.config
         if config.resume:
             self._restore()
-        write_skipped(self.out / SKIPPED, self.gathered)
-        metrics = _open_lines(self.out / METRICS, self.step)
-        samples = _open_lines(self.out / SAMPLES, self.step) if self.val else None
+        metrics = self._open_lines(METRICS)
+        samples = self._open_lines(SAMPLES) if self.val else None
+        if self.ranks.leads:
+            write_skipped(self.out / SKIPPED, self.gathered)
         self.vlm.train()
         micro = config.grad_accumulation_steps
         # A step takes all its batches at once: while it computes, the next one's are read.
@@ -280,7 +299,7 @@ class Trainer:
         started = time.perf_counter()
         first = self.step
         try:
-            with _finish_step_on_interrupt() as interrupted:
+            with _finish_step_on_interrupt() as self.interrupted:
                 while self.step < self.steps and not self._out_of_patience():
                     line = self._step([next(reading) for _ in range(micro)])
                     if self.guard.stuck:
@@ -301,21 +320,24 @@ class Trainer:
                     self.report("step", line | told)
                     # The last step has one too: a result that cannot be saved is not lost.
                     due = last and config.save_every or _every(self.step, config.save_every)
-                    if due or (interrupted.is_set() and not last):
+                    stop = self.stopping if self.ranks.size > 1 else self.interrupted.is_set()
+                    if due or (stop and not last):
                         self._checkpoint()
-                    if interrupted.is_set() and not last:
+                    if stop and not last:
                         raise KeyboardInterrupt
         finally:
             reading.close()
             metrics.close()
             if samples:
                 samples.close()
-            if self.feed.lost:
+            if self.feed.lost and self.ranks.leads:
                 write_skipped(self.out / SKIPPED, self.gathered, list(self.feed.lost.values()))
-        if self.best.step:
+        if self.best.step and self.ranks.leads:
             best = checkpoint.load_best(self.out, self.best.step)
             self.vlm.update(tree_unflatten(list(best.items())))
-        self._save()
+        if self.ranks.leads:
+            self._save()
+        self.ranks.sum({}, ["done"])  # no rank is done before the result is written
         summary = {
             "out": str(self.out),
             "steps": self.step,
@@ -334,9 +356,9 @@ class Trainer:
         started = time.perf_counter()
         config = self.config
         # Randomness (dropout) is a function of seed and step, so that a resumed run repeats it.
-        mx.random.seed(config.seed + 1_000_003 * (self.step + 1))
+        mx.random.seed(config.seed + 1_000_003 * (self.step + 1) + 7919 * self.ranks.rank)
         batches = [(batch, found) for batch, found in items if batch is not None]
-        totals = count([batch for batch, _ in batches])
+        totals, counts = self._count([batch for batch, _ in batches])
         parameters = self.trainable()
         grads: dict[str, mx.array] = {}
         parts: dict[str, mx.array] = {}
@@ -352,9 +374,15 @@ class Trainer:
         self.vlm.update(tree_unflatten(list(parameters.items())))
         share = learning_rate(config, self.step, self.steps)
         norm: Any = mx.array(math.nan)
-        if batches:
+        values: dict[str, float] = {}
+        if totals["loss"]:
+            if self.ranks.size > 1:
+                zeros = {name: mx.zeros_like(value) for name, value in parameters.items()}
+                grads = self.ranks.sum_arrays(grads or zeros)
             grads, norm = clip(grads, config.max_grad_norm)
             mx.eval(norm, parts)
+            local: dict[str, Any] = {name: value.item() for name, value in parts.items()}
+            values = self.ranks.sum(local, [name for name in totals if totals[name]])
         skipped = self.guard.judge(norm.item())
         if not skipped:
             updated = self.optimizer.apply(grads, parameters, share)
@@ -364,23 +392,35 @@ class Trainer:
             mx.eval(updated, self.optimizer.state)
         self.step += 1
         seconds = time.perf_counter() - started
-        tokens = sum(batch.num_tokens for batch, _ in batches)
         line: dict[str, Any] = {"step": self.step, "loss": None}
         # NaN is no JSON: what is not finite is left out.
-        values: dict[str, Any] = {
-            k if k == "loss" else f"{k}_loss": v.item() for k, v in parts.items()
-        }
-        line |= {name: value for name, value in values.items() if math.isfinite(value)}
+        for name, value in values.items():
+            if math.isfinite(value):
+                line[name if name == "loss" else f"{name}_loss"] = value
         line |= {"skipped": skipped} if skipped else {}
         return line | {
-            "tokens": tokens,
-            "supervised_tokens": sum(batch.supervised_tokens for batch, _ in batches),
-            "rows": sum(batch.rows for batch, _ in batches),
+            **counts,
             "lr": share * config.learning_rate,
             "grad_norm": norm.item() if math.isfinite(norm.item()) else None,
             "seconds": round(seconds, 4),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
         }
+
+    def _count(self, batches: list[Batch]) -> tuple[dict[str, float], dict[str, int]]:
+        """What a step's losses are divided by, and its sizes: over all ranks."""
+        totals = count(batches)
+        sizes = {
+            "tokens": sum(batch.num_tokens for batch in batches),
+            "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
+            "rows": sum(batch.rows for batch in batches),
+        }
+        names = ["loss", *sorted(self.config.targets)]
+        if self.ranks.size == 1:
+            return {name: totals.get(name, 0.0) for name in names}, sizes
+        stop = {"stop": float(self.interrupted.is_set())}
+        found = self.ranks.sum({**totals, **sizes, **stop}, [*names, *sizes, *stop])
+        self.stopping = found["stop"] > 0
+        return {name: found[name] for name in names}, {name: int(found[name]) for name in sizes}
 
     def evaluate(self, feed: Feed) -> float:
         """Loss per supervised token over all rows of `feed`: no auxiliary targets, no dropout, and
@@ -398,13 +438,16 @@ class Trainer:
             weight += batch.total_weight
         self.vlm.train()
         mx.clear_cache()  # of buffers in shapes that training does not have
-        return loss / (weight or 1.0)
+        found = self.ranks.sum({"loss": loss, "weight": weight}, ["loss", "weight"])
+        return found["loss"] / (found["weight"] or 1.0)
 
     def _validate(self, samples: Any) -> float:
         """Validation loss; keeps weights that are the best so far, and writes sample answers."""
         assert self.val is not None
         loss = self.evaluate(self.val)
         best = self.best.see(self.step, loss)
+        if not self.ranks.leads:
+            return loss
         if best:
             checkpoint.save_best(self.out, self.step, self.trainable())
             checkpoint.prune_best(self.out, {self.step})
@@ -429,9 +472,10 @@ class Trainer:
         reasons, stopped = self.guard.streak, self.step
         self.step -= self.guard.rewind()
         # Skipped steps change nothing, so a checkpoint among them is as good.
-        if not [step for step in checkpoint.steps(self.out) if self.step <= step <= stopped]:
+        known = checkpoint.steps(self.out)
+        if self.ranks.leads and not [step for step in known if self.step <= step <= stopped]:
             self._checkpoint()
-        kept = checkpoint.steps(self.out)[-1]
+        kept = max([self.step, *checkpoint.steps(self.out)])
         what = {
             "not finite": "their gradients were not finite",
             "spike": "their gradients were far above those before",
@@ -445,6 +489,8 @@ class Trainer:
         )
 
     def _checkpoint(self) -> None:
+        if not self.ranks.leads:
+            return
         config = self.config
         progress = {"guard": self.guard.state(), "best": self.best.state()}
         weights = self.trainable()
@@ -456,9 +502,19 @@ class Trainer:
 
     def _restore(self) -> None:
         self.step, weights, progress = checkpoint.load(self.out, self.optimizer, self.identity)
+        if self.ranks.sum({"step": self.step}, ["step"])["step"] != self.ranks.size * self.step:
+            raise ConfigError(
+                f"the ranks found different checkpoints in {self.out}: copy the first one's folder "
+                "to every machine before --resume."
+            )
         self.guard.restore(progress["guard"])
         self.best.restore(progress["best"])
         self.vlm.update(tree_unflatten(list(weights.items())))
+
+    def _open_lines(self, name: str) -> Any:
+        if not self.ranks.leads:
+            return open(os.devnull, "a", encoding="utf-8")
+        return _open_lines(self.out / name, self.step)
 
     def _save(self) -> None:
         vlm, parts = self.vlm, self.config.parts
