@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
 from mlxvlm.config import LoRAConfig
@@ -13,7 +14,7 @@ from mlxvlm.data.feed import Feed
 from mlxvlm.data.packing import collate_lines
 from mlxvlm.data.samples import Sample, Target
 from mlxvlm.errors import ConfigError
-from mlxvlm.language.forward import check_head
+from mlxvlm.language.forward import check_head, head, head_module, hidden_states
 from mlxvlm.language.load import build_language
 from mlxvlm.language.lora import add_lora
 from mlxvlm.language.packed import longest_pack
@@ -359,6 +360,75 @@ def test_chunked_logits_equal_whole(monkeypatch):
     assert other == pytest.approx(loss, rel=1e-6)
     for key, value in gradients.items():
         assert mx.allclose(others[key], value, rtol=1e-4, atol=1e-6).item(), key
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_the_last_mlp_runs_only_where_something_is_predicted(name, grad_checkpoint):
+    lm = decoder(name).language
+    block, mlp = lm.model.layers[-1], lm.model.layers[-1].mlp
+    ran = []
+
+    class Watched(type(mlp)):
+        def __call__(self, x):
+            ran.append(x.shape[:-1])
+            return super().__call__(x)
+
+    mlp.__class__ = Watched
+    embeddings = mx.random.normal((2, 12, lm.args.hidden_size))
+    # Position 0 is predicted from, and padding names it twice more.
+    positions, counts = mx.array([0, 5, 23, 0, 0]), mx.array([1.0, 1.0, 1.0, 0.0, 0.0])
+    kept, probe = mx.array([0, 5, 23]), mx.random.normal((3, lm.args.hidden_size))
+
+    def wanted_states(params, embeddings, wanted):
+        lm.update(params)
+        last, _ = hidden_states(lm, embeddings, None, (), grad_checkpoint, wanted)
+        states = last.reshape(24, -1)[kept]
+        return (states * probe).sum(), states
+
+    params = lm.trainable_parameters()
+    found = mx.value_and_grad(wanted_states, argnums=(0, 1))
+    (_, states), gradients = found(params, embeddings, (positions, counts))
+    mx.eval(states, gradients)
+    assert set(ran) == {(1, 5)} and block.mlp is mlp
+    (_, whole), expected = found(params, embeddings, None)
+    lm.update(params)
+    assert (2, 12) in ran
+    assert mx.allclose(states, whole, rtol=1e-5, atol=1e-6).item()
+    pairs = zip(tree_flatten(gradients), tree_flatten(expected), strict=True)
+    for (where, ours), (_, theirs) in pairs:
+        scale = mx.abs(theirs).max().item() + 1e-3
+        assert mx.abs(ours - theirs).max().item() < 1e-4 * scale, where
+
+
+def test_the_head_in_pieces_follows_the_factor_before_it(monkeypatch):
+    """A scaled loss has scaled gradients, of a trained head too, and nothing is left traced."""
+    lm = tiny_vlm().language
+    hidden, labels = mx.random.normal((9, lm.args.hidden_size)), mx.arange(9) * 7
+    weights = mx.array([1.0, 0.0, 2.0, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0])
+    module = head_module(lm)
+
+    def scaled(params, hidden, whole):
+        module.update(params)
+        if whole:
+            loss = (losses.cross_entropy(head(lm, hidden), labels) * weights).sum()
+        else:
+            loss = losses.supervised_loss(lm, hidden, labels, weights)
+        return mx.square(loss)
+
+    found = mx.value_and_grad(scaled, argnums=(0, 1))
+    expected, by = found(module.trainable_parameters(), hidden, True)
+    for chunk in (272 * 2, 272 * 9):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        value, of = found(module.trainable_parameters(), hidden, False)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert mx.allclose(of[0]["weight"], by[0]["weight"], rtol=1e-4, atol=1e-4).item()
+        assert mx.allclose(of[1], by[1], rtol=1e-4, atol=1e-4).item()
+        lm.eval()
+        assert losses.supervised_loss(lm, hidden, labels, weights).item() ** 2 == pytest.approx(
+            expected.item(), rel=1e-6
+        )
+        lm.train()
 
 
 def test_targets_move_the_loss_and_only_through_their_layers():

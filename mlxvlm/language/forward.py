@@ -17,6 +17,9 @@ import mlx.nn as nn
 
 from ..errors import ConfigError
 
+# What mlx-lm's blocks call the part that takes each position by itself.
+POINTWISE = ("mlp", "feed_forward", "block_sparse_moe")
+
 
 def decoder(lm: nn.Module) -> Any:
     """The text decoder itself, which some of mlx-lm's classes (gemma3, mistral3) hold inside."""
@@ -65,16 +68,21 @@ def head_module(lm: nn.Module) -> Any:
 
 
 def check_head(lm: nn.Module) -> None:
-    """Refuses a decoder that does more to its logits than `head` does (soft caps, scales)."""
+    """Refuses a decoder that does more to its logits than `head` does (soft caps, scales), or whose
+    MLP is none of single positions."""
     ids = mx.array([[1, 2]])
     embeddings = embedding(lm)(ids)
     whole = lm(ids, input_embeddings=embeddings).astype(mx.float32)
     apart = head(lm, hidden_states(lm, embeddings)[0]).astype(mx.float32)
+    last = (mx.array([1]), mx.array([1.0]))
+    spared = head(lm, hidden_states(lm, embeddings, wanted=last)[0]).astype(mx.float32)
     scale = mx.abs(whole).max()
-    if (mx.abs(whole - apart).max() > 1e-2 * scale).item():
+    off = mx.maximum(mx.abs(whole - apart).max(), mx.abs(whole - spared)[:, 1].max())
+    if (off > 1e-2 * scale).item():
         raise ConfigError(
-            f"language models of type {lm.model_type!r} change their logits after the head, which "
-            "training at supervised positions would miss. Choose another language model."
+            f"language models of type {lm.model_type!r} change their logits after the head, or mix "
+            "positions in their MLP, which training at supervised positions would miss. Choose "
+            "another language model."
         )
 
 
@@ -84,11 +92,15 @@ def hidden_states(
     cache: list[Any] | None = None,
     layers: tuple[int, ...] = (),
     grad_checkpoint: bool = False,
+    wanted: tuple[mx.array, mx.array] | None = None,
 ) -> tuple[mx.array, dict[int, mx.array]]:
     """Runs the trunk on [B, L, D] embeddings.
 
     Returns the normed last hidden states [B, L, D], and those after each of `layers` (0 is the
     embeddings themselves, k the output of the k-th block, before any norm).
+
+    wanted: flat positions [S] into B * L and which of these count [S] (others are padding). The
+    last states are right there, and may be wrong elsewhere: the last block then spares its MLP.
     """
     inner = trunk(lm)
     seen: dict[int, mx.array] = {0: embeddings} if 0 in layers else {}
@@ -96,8 +108,14 @@ def hidden_states(
     if bad := [k for k in layers if not 0 <= k <= count]:
         raise ConfigError(f"layer {bad[0]} does not exist: this language model has 0 to {count}.")
 
+    spared = None if count in layers else wanted
+
     def wrap(index: int, layer: nn.Module) -> Callable[..., mx.array]:
-        call = _checkpointed(layer) if grad_checkpoint else layer
+        call: Callable[..., mx.array] = layer
+        if spared is not None and index + 1 == count:
+            call = _sparing(layer, *spared)
+        if grad_checkpoint:
+            call = _checkpointed(layer, call)
 
         def run(*args: Any, **kwargs: Any) -> mx.array:
             out = call(*args, **kwargs)
@@ -107,7 +125,7 @@ def hidden_states(
 
         return run
 
-    with _wrapped(blocks_of(lm), wrap if layers or grad_checkpoint else None):
+    with _wrapped(blocks_of(lm), wrap if layers or grad_checkpoint or spared else None):
         if "input_embeddings" in inspect.signature(type(inner).__call__).parameters:
             ids = mx.zeros(embeddings.shape[:2], dtype=mx.int32)
             out = inner(ids, cache=cache, input_embeddings=embeddings)
@@ -152,7 +170,31 @@ def _wrapped(
         blocks[:] = kept
 
 
-def _checkpointed(layer: nn.Module) -> Callable[..., mx.array]:
+def _sparing(layer: nn.Module, positions: mx.array, counts: mx.array) -> Callable[..., mx.array]:
+    """The block, with its MLP run at `positions` only and 0 elsewhere; itself if it has none."""
+    name = next((name for name in POINTWISE if name in layer), None)
+    if name is None:
+        return layer
+    mlp: Any = layer[name]
+
+    def some(x: mx.array) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1])
+        # Padding repeats position 0, which must not be added up.
+        out = mlp(flat[positions][None])[0] * counts[:, None].astype(x.dtype)
+        return mx.zeros_like(flat).at[positions].add(out).reshape(x.shape)
+
+    def run(*args: Any, **kwargs: Any) -> mx.array:
+        # As an item of the module's dictionary, because an attribute would not be found again.
+        dict.__setitem__(layer, name, _Layer(mlp, some))
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            dict.__setitem__(layer, name, mlp)
+
+    return run
+
+
+def _checkpointed(layer: nn.Module, call: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def run(*args: Any, **kwargs: Any) -> mx.array:
         randomness: Any = mx.random.state
         start = mx.array(randomness[0])
@@ -163,11 +205,11 @@ def _checkpointed(layer: nn.Module) -> Callable[..., mx.array]:
             calls += 1
             layer.update(params)
             if calls == 1:
-                return layer(*args, **kwargs)
+                return call(*args, **kwargs)
             # The backward pass must drop what the forward pass dropped, and draw nothing itself.
             after = mx.array(randomness[0])
             randomness[0][:] = start
-            out = layer(*args, **kwargs)
+            out = call(*args, **kwargs)
             randomness[0][:] = after
             return out
 

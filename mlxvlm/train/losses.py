@@ -4,8 +4,8 @@
          + for each auxiliary target:  weight * mean of -sum of mass * log p(word)
 
 Logits exist at supervised positions only: with a vocabulary of 128,256 and 60 answers of 1,024
-positions that is 31 MB instead of 525. Past `CHUNK` logits they are made in pieces, recomputed in
-the backward pass, so a long answer costs no more.
+positions that is 31 MB instead of 525. Past `CHUNK` logits they are made in pieces, so a long
+answer costs no more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..data.buckets import Batch
 from ..language.forward import head, head_module, hidden_states, recomputed
@@ -25,8 +25,8 @@ from ..language.prefix import BranchCache, prefix_caches
 from ..model import VLM
 from .stages import AuxiliaryTarget
 
-# Logits made at once: 32 Mi values are 128 MB in float32.
-CHUNK = 32 * 1024 * 1024
+# Logits made at once: 8 Mi values are 32 MB in float32.
+CHUNK = 8 * 1024 * 1024
 
 
 def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
@@ -40,34 +40,75 @@ def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
 def supervised_loss(
     lm: nn.Module, hidden: mx.array, labels: mx.array, weights: mx.array
 ) -> mx.array:
-    """Sum over S positions of weight * cross-entropy, of normed hidden states [S, D]."""
+    """Sum over S positions of weight * cross-entropy, of normed hidden states [S, D].
+
+    In training, gradients come with the value: those of a sum are known as soon, but for a factor.
+    So logits are made once, a piece at a time, and become their own gradients where they lie,
+    weight * (softmax - one-hot); a checkpoint would make them twice.
+    """
     module = head_module(lm)
-    rows = max(1, CHUNK // module.weight.shape[0])
-    if hidden.shape[0] <= rows:
-        return (cross_entropy(head(lm, hidden), labels) * weights).sum()
+    size = max(1, CHUNK // module.weight.shape[0])
+    cuts = [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+    flat: Any = tree_flatten(module.trainable_parameters())
+    names, params = [name for name, _ in flat], [value for _, value in flat]
     total = mx.array(0.0)
-    for start in range(0, hidden.shape[0], rows):
-        cut = slice(start, start + rows)
+    if not lm.training:
+        for cut in cuts:
+            logits = head(lm, mx.depends(hidden[cut], total))
+            total = total + (cross_entropy(logits, labels[cut]) * weights[cut]).sum()
+        return total
 
-        def piece(params: dict[str, Any], part: mx.array, cut: slice = cut) -> mx.array:
-            # A checkpoint gives gradients to its arguments only, so the head's weights are among
-            # them; labels are closed over, because as arguments MLX refuses integers.
-            module.update(params)
-            return (cross_entropy(head(lm, part), labels[cut]) * weights[cut]).sum()
+    def logits_of(part: mx.array, *params: mx.array) -> mx.array:
+        module.update(tree_unflatten(list(zip(names, params, strict=True))))
+        return head(lm, part)
 
-        total = total + mx.checkpoint(piece)(module.trainable_parameters(), hidden[cut])
-    return total
+    @mx.custom_function
+    def whole(hidden: mx.array, *params: mx.array) -> Any:
+        total, of_hidden, of_params = mx.array(0.0), [], []
+        for cut in cuts:
+            # A piece waits for the one before it, whose logits are gone by then.
+            part = mx.depends(hidden[cut], [total, *of_hidden[-1:], *of_params])
+            logits = logits_of(part, *params)
+            values, wrong = _errors(logits.astype(mx.float32), labels[cut], weights[cut])
+            # The head is linear, so its logits are not made again.
+            _, (state, *rest) = mx.vjp(logits_of, [part, *params], [wrong.astype(logits.dtype)])
+            total = total + values.sum()
+            of_hidden.append(state)
+            pairs = zip(of_params, rest, strict=True)
+            of_params = [before + here for before, here in pairs] if of_params else rest
+        return total, mx.concatenate(of_hidden), *of_params
+
+    @whole.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        return tuple(g * cotangents[0].astype(g.dtype) for g in outputs[1:])
+
+    outputs: Any = whole(hidden, *params)
+    # Tracing leaves its own arrays there.
+    module.update(tree_unflatten(flat))
+    return outputs[0]
+
+
+def _errors(logits: mx.array, labels: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """weight * cross-entropy [S] of float32 logits [S, V], and its gradient in the logits."""
+    own = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    values = (mx.logsumexp(logits, axis=-1) - own) * weights
+    wrong = mx.softmax(logits, axis=-1).at[mx.arange(len(labels)), labels].add(-1.0)
+    return values, wrong * weights[:, None]
 
 
 def hidden_of(
     vlm: VLM, batch: Batch, visual: mx.array | None, layers: tuple[int, ...], grad_checkpoint: bool
 ) -> tuple[mx.array, dict[int, mx.array]]:
-    """Hidden states [N, D] of a batch, last and after `layers`: flat prefix, then flat tokens."""
+    """Hidden states [N, D] of a batch, last and after `layers`: flat prefix, then flat tokens.
+
+    The last ones are only right where something is predicted.
+    """
     lm = vlm.language
     if batch.prefix is None:
         embeddings = vlm.splice(batch.tokens, visual)
         caches = None if batch.segments is None else packed_caches(lm, batch.segments)
-        last, seen = hidden_states(lm, embeddings, caches, layers, grad_checkpoint)
+        wanted = mx.array(batch.predict), mx.array(batch.weights != 0)
+        last, seen = hidden_states(lm, embeddings, caches, layers, grad_checkpoint, wanted)
         return _flat(last), {k: _flat(h) for k, h in seen.items()}
     caches = prefix_caches(lm)
     shared, seen_shared = hidden_states(lm, vlm.splice(batch.prefix, visual), caches, layers)
