@@ -89,7 +89,8 @@ def arguments(flags: dict[str, Any]) -> list[str]:
         if value is True:
             found.append(flag_name(name))
         elif value is not None and value is not False:
-            found += [flag_name(name), str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                found += [flag_name(name), str(one)]
     return found
 
 

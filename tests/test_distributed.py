@@ -15,7 +15,8 @@ import pytest
 from test_train import _flags, losses, place, train  # noqa: F401
 
 from mlxvlm.cli.train import arguments
-from mlxvlm.data.feed import Feed
+from mlxvlm.data.batching import Batching
+from mlxvlm.data.feed import Feed, Pictures
 from mlxvlm.data.samples import Sample
 from mlxvlm.train.distributed import Ranks
 from mlxvlm.weights.load import load
@@ -32,13 +33,24 @@ def on_two_ranks(stage: str, flags: dict) -> subprocess.CompletedProcess:
     )
 
 
-def test_ranks_share_the_rows_of_a_batch():
-    rows = [Sample(np.arange(4 + n % 7), np.arange(4 + n % 7) > 2, []) for n in range(29)]
-    alone = Feed(rows, None, 6, seed=3)._epoch(1)
-    shares = [Feed(rows, None, 2, seed=3, rank=rank, ranks=3)._epoch(1) for rank in range(3)]
-    assert [sorted(sum(each, [])) for each in zip(*shares, strict=True)] == [
-        sorted(batch) for batch in alone
-    ]
+@pytest.mark.parametrize("kind", ["buckets", "pack"])
+def test_ranks_share_the_rows_of_a_batch(kind):
+    rows = [Sample(np.full(4 + n % 7, n + 1), np.arange(4 + n % 7) > 2, []) for n in range(29)]
+    batching = Batching(6, kind, pack_length=16, seed=3)
+    pictures = Pictures(None, Path())
+    alone = Feed(rows, pictures, batching)
+    shares = [Feed(rows, pictures, batching, rank=rank, ranks=3) for rank in range(3)]
+    seen: list[int] = []
+    for micro in alone.plan.epoch(1):
+        whole = rows_of(alone.fetch(micro)[0])
+        each = [rows_of(share.fetch(micro)[0]) for share in shares]
+        assert sorted(sum(each, [])) == whole and max(map(len, each)) < len(whole) or len(whole) < 3
+        seen += whole
+    assert sorted(seen) == [*range(1, 30)]
+
+
+def rows_of(batch) -> list[int]:
+    return [] if batch is None else sorted(set(batch.tokens[batch.tokens > 0].tolist()))
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def hidden_states(
 @contextmanager
 def recomputed(blocks: list[Any]) -> Iterator[None]:
     """For one call, these blocks keep nothing for the backward pass and are run again in it."""
-    with _wrapped(blocks, lambda index, block: _checkpointed(block)):
+    with _wrapped(blocks, lambda index, block: _checkpointed(block, block)):
         yield
 
 
