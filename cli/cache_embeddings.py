@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +11,7 @@ import typer
 
 from mlxvlm.amount import amount
 from mlxvlm.cli.plan import describe_plan, plan_line, plan_table
-from mlxvlm.cli.progress import duration, list_skipped, say
+from mlxvlm.cli.progress import LiveLine, duration, list_skipped, say
 from mlxvlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ def cache_embeddings(
                 batch_size=batch_size,
                 strict=strict,
                 trust_names=trust_names,
-                progress=line.show,
+                progress=line.progress,
                 earlier=earlier,
             )
     finally:
@@ -242,16 +241,10 @@ def told(summary: Summary, out: Path) -> str:
     )
 
 
-class ProgressLine:
-    """One line on stderr that rewrites itself; silent where stderr is no terminal."""
+class ProgressLine(LiveLine):
+    """How far a cache is, on one line."""
 
-    def __init__(self) -> None:
-        self.on = sys.stderr.isatty()
-        self.width = 0
-
-    def show(self, summary: Summary) -> None:
-        if not self.on:
-            return
+    def progress(self, summary: Summary) -> None:
         rate = summary.encoded / max(summary.seconds, 1e-9)
         done_here = summary.done - summary.known
         left = (summary.total - summary.done) * summary.seconds / max(done_here, 1)
@@ -261,10 +254,4 @@ class ProgressLine:
         )
         if summary.failures:
             text += f"  {len(summary.failures):,} failed"
-        sys.stderr.write("\r" + text.ljust(self.width))
-        sys.stderr.flush()
-        self.width = len(text)
-
-    def end(self) -> None:
-        if self.width:
-            say("")
+        self.show(text)

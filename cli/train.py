@@ -42,7 +42,10 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     progress = Progress()
     with limits.awake():
         trainer = Trainer(config, progress.training)
-        summary = trainer.run()
+        try:
+            summary = trainer.run()
+        finally:
+            progress.end()
     if not trainer.ranks.leads:
         return
     leave_mark()

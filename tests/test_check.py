@@ -17,6 +17,8 @@ from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.inputs import picture_sources
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.cli.main import app
+from mlxvlm.config import TilingConfig
+from mlxvlm.data.batching import Batching, MicroBatch
 from mlxvlm.data.check import Tiler, check, histogram
 from mlxvlm.data.feed import Feed
 from mlxvlm.data.gather import Reading, limit_of, shelf_of
@@ -118,7 +120,7 @@ def test_it_never_disagrees_with_training(place, tmp_path, flags):
     summary = trainer.run()
     report = checked(config)
     assert report.gathered.skipped == trainer.gathered.skipped
-    feed = Feed(report.gathered.samples, report.gathered.pictures, config.batch_size)
+    feed = Feed(report.gathered.samples, report.gathered.pictures, Batching(config.batch_size))
     assert feed.digest() == trainer.feed.digest()
     assert sorted(report.seen.bad) == sorted(summary["failed_pictures"])
     if "cache" not in flags:
@@ -269,7 +271,7 @@ def test_augmentation_is_for_training_without_a_cache(place, tmp_path):
     assert trainer.val is not None
 
     def seen(feed, epoch):
-        return [view.tobytes() for p in feed.fetch([0], epoch)[1] for view in p.views]
+        return [view.tobytes() for p in feed.fetch(MicroBatch([[0]]), epoch)[1] for view in p.views]
 
     first = seen(trainer.feed, 0)
     plain = seen(trainer.feed, None)
@@ -318,10 +320,7 @@ def test_url_pictures_are_fetched_only_if_asked(place, tmp_path, monkeypatch):
 
 
 def test_tiles_of_a_source():
-    class Tiling:
-        type = "dynamic"
-
-    limit = limit_of(Tiling(), 6)  # type: ignore[arg-type]
+    limit = limit_of(TilingConfig(type="dynamic", max_tiles=12), 6)
     assert [limit(among) for among in (1, 2, 4, 9)] == [6, 3, 1, 1]
     single = limit_of(load_prompting(Path("weights/demo"))[0].tiling, 6)
     assert single(1) is None

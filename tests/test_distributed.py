@@ -22,7 +22,6 @@ from mlxvlm.train.distributed import Ranks
 from mlxvlm.weights.load import load
 
 ROOT = Path(__file__).parents[1]
-LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 
 
 def on_two_ranks(stage: str, flags: dict) -> subprocess.CompletedProcess:

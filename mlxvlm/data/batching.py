@@ -88,7 +88,7 @@ class Rows:
     def __init__(self, groups: Sequence[Group], tokens_per_view: int):
         self.groups = groups
         self.lengths = [one.length for one in groups]
-        self.views = [one.rows[0].visual // tokens_per_view for one in groups]
+        self.views = [one.rows[0].num_visual // tokens_per_view for one in groups]
 
     def weigh(self, batches: Sequence[MicroBatch], want: Batching) -> tuple[float, float]:
         """The share of positions that no row fills, and what all of them cost."""

@@ -101,11 +101,6 @@ class Sample:
         return self._whole(self._learnt, [False] * len(self._slots))
 
     @property
-    def visual(self) -> int:
-        """How many of the tokens are visual."""
-        return self.length - len(self._text)
-
-    @property
     def num_supervised(self) -> int:
         return int(self._learnt.sum())
 

@@ -53,6 +53,7 @@ from .distributed import Ranks
 from .guard import Guard
 from .losses import batch_loss, count, gradients
 from .optimizer import Optimizer, clip, learning_rate
+from .plot import draw
 from .stages import TrainConfig, fingerprint
 from .validation import Best, sample_answers
 
@@ -336,6 +337,7 @@ class Trainer:
             best = checkpoint.load_best(self.out, self.best.step)
             self.vlm.update(tree_unflatten(list(best.items())))
         if self.ranks.leads:
+            draw(self.out / METRICS)
             self._save()
         self.ranks.sum({}, ["done"])  # no rank is done before the result is written
         summary = {
@@ -498,6 +500,7 @@ class Trainer:
             self.out, self.step, weights, self.optimizer, self.identity, config.keep, progress
         )
         checkpoint.prune_best(self.out, {self.best.step})
+        draw(self.out / METRICS)
         self.report("checkpoint", {"step": self.step, "path": str(path)})
 
     def _restore(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ..data.samples import Sample
 from ..language.generate import generate_tokens
 from ..model import VLM
 from .losses import visual_of
+
+if TYPE_CHECKING:
+    from ..language.tokenizer import Tokenizer
 
 MAX_TOKENS = 64
 
@@ -85,9 +88,19 @@ def _answer(
         banned_ids=(image,),
         vocab_size=tokenizer.vocab_size,
     )
-    text = prompt[int(np.max(np.flatnonzero(prompt == image), initial=-1)) + 1 :]
     return {
-        "question": tokenizer.decode(text.tolist()).strip(),
+        "question": _question(tokenizer, prompt, image),
         "answer": tokenizer.decode(list(ids)).strip(),
         "wanted": tokenizer.decode(wanted.tolist()).strip(),
     }
+
+
+def _question(tokenizer: Tokenizer, prompt: np.ndarray, image: int) -> str:
+    """The last text of a prompt, pictures and the answer's own header left out."""
+    ends = np.isin(prompt, [image, *tokenizer.control.values()])
+    runs = np.split(prompt, np.flatnonzero(ends))
+    texts = [tokenizer.decode(run[np.isin(run, prompt[~ends])].tolist()).strip() for run in runs]
+    texts = [text for text in texts if text]
+    if len(texts) > 1 and texts[-1] == "assistant":
+        texts.pop()
+    return texts[-1] if texts else ""
