@@ -37,12 +37,23 @@ def launch(arguments: list[str], ranks: int, hostfile: str = "") -> None:
             "--",
             *("-m", "mlxvlm", *arguments),
         ]
-        # mlx.launch passes what it can read to every rank; they are to read nothing.
-        subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+        # It passes what it reads to every rank; of a closed input it would read without a pause.
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            _wait(process)
         if not mark.exists():
             raise VLMError(
                 "not every rank finished (see above). A run with checkpoints goes on with --resume."
             )
+
+
+def _wait(process: subprocess.Popen) -> None:
+    """Ctrl-C reaches the ranks as well, which finish their step and save it: they are waited for.
+    A second one ends the waiting."""
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def leave_mark() -> None:

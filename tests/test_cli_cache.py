@@ -222,7 +222,12 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch, capsys, tmp_path):
     pictures[0][1].write_bytes(b"")
     line = ProgressLine()
     write_cache(
-        Slicer(), pictures, tmp_path / "cache", batch_size=2, shard_pictures=3, progress=line.show
+        Slicer(),
+        pictures,
+        tmp_path / "cache",
+        batch_size=2,
+        shard_pictures=3,
+        progress=line.progress,
     )
     line.end()
     shown = capsys.readouterr().err
