@@ -36,6 +36,10 @@ def build(
     num_positions: Annotated[
         int, typer.Option(min=0, help="Learned positions in the projector; 0 is none.")
     ] = 0,
+    resize: Annotated[
+        Literal["squash", "crop", "pad"] | None,
+        typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
+    ] = None,
     tiling: Annotated[
         Literal["single", "dynamic"] | None,
         typer.Option(
@@ -96,6 +100,8 @@ def build(
         fields["type"] = tiling
     if tiling == "dynamic":
         fields["resize"] = "squash"  # an encoder of its own may crop
+    if resize:
+        fields["resize"] = resize
     vlm = join(
         vision,
         language,

@@ -74,6 +74,12 @@ def cache_embeddings(
             help="projector: what the language model sees, where the projector trains no more.",
         ),
     ] = "encoder",
+    resize: Annotated[
+        Literal["squash", "crop", "pad"] | None,
+        typer.Option(
+            "--resize", help="As the stage of training has it. Default: the model's own way."
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Pictures at once. Default: 8, or the cache's."),
@@ -150,7 +156,11 @@ def cache_embeddings(
         )
     take = load_projected if at == "projector" else partial(load_encoder, pool=pool)
     encoder = take(
-        model, dtype=dtype, revision=revision, report=lambda download: say(str(download))
+        model,
+        dtype=dtype,
+        revision=revision,
+        tiling={"resize": resize} if resize else None,
+        report=lambda download: say(str(download)),
     )
     jobs = distinct(sources, encoder.tiling)[:limit]
     del sources

@@ -113,6 +113,7 @@ def check(
         replace(s, data=local_data(s.data, lambda download: say(str(download))))
         for s in run.all_sources
     ]
+    choices.override(run.resize, run.layout)
     tiler: Any = Tiler(choices.tiling)
     shelves = [
         shelf_of(

@@ -65,6 +65,12 @@ class TilingConfig:
                 f"tiling.resize (={self.resize!r}) must be 'squash' for dynamic tiles."
             )
 
+    def resized(self, resize: str, image_mean: tuple[float, ...]) -> TilingConfig:
+        """The same with another `resize`; a padded canvas has the encoder's mean colour."""
+        background = tuple(int(255 * value) for value in image_mean[:3])
+        padded = {"background": background} if resize == "pad" else {}
+        return dataclasses.replace(self, resize=resize, **padded)
+
     def identity(self) -> dict[str, Any]:
         """The fields that views depend on, as plain JSON values."""
         unused = ("resize", "background")
@@ -230,6 +236,14 @@ class ModelConfig:
                 f"tiling.image_size (={self.tiling.image_size}) must equal "
                 f"vision.image_size (={self.vision.image_size}): the encoder has a fixed grid."
             )
+
+    def override(self, resize: str = "", layout: str = "") -> None:
+        """Pictures and prompts laid out otherwise from here on, as a later stage of training may
+        want it (LLaVA-1.5 crops in its first and pads in its second); empty: as they are."""
+        if resize:
+            self.tiling = self.tiling.resized(resize, self.vision.image_mean)
+        if layout:
+            self.prompt = dataclasses.replace(self.prompt, layout=layout)
 
     @property
     def tokens_per_view(self) -> int:

@@ -84,12 +84,16 @@ def load_adapter(vlm: VLM, folder: str | Path) -> None:
     if not any((folder / name).is_file() for name in (ADAPTERS, VISION_ADAPTERS)):
         raise WeightsError(f"{folder} has no {ADAPTERS}; give the folder that `mlxvlm lora` wrote.")
     raw = read_json(folder / ADAPTER_CONFIG)
-    theirs, ours = raw.get("trained_on"), _choices(vlm)
-    if theirs and (other := sorted(name for name in ours if theirs.get(name) != ours[name])):
-        raise WeightsError(
-            f"the adapters in {folder} were trained on another model: its {', '.join(other)} "
-            "differ. Give the model that `mlxvlm lora` started from."
-        )
+    if theirs := raw.get("trained_on"):
+        # The stage that made them may have laid pictures and prompts out in its own way.
+        resize, layout = theirs["tiling"].get("resize", ""), theirs["prompt"].get("layout", "")
+        vlm.config.override(resize, layout)
+        ours = _choices(vlm)
+        if other := sorted(name for name in ours if theirs.get(name) != ours[name]):
+            raise WeightsError(
+                f"the adapters in {folder} were trained on another model: its {', '.join(other)} "
+                "differ. Give the model that `mlxvlm lora` started from."
+            )
     if (folder / ADAPTERS).is_file():
         add_lora(vlm.language, _config(raw, folder))
         load_into(vlm.language, adapter_parameters(vlm.language), folder / ADAPTERS)

@@ -111,9 +111,10 @@ def load_projected(
     path_or_hub_id: str | Path,
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
+    tiling: TilingConfig | dict[str, Any] | None = None,
     report: Report | None = None,
 ) -> ProjectedEncoder:
-    """Encoder and projector of a whole model, without its language model."""
+    """Encoder and projector of a whole model, without its language model; tiling: as above."""
     from mlxvlm.language.load import language_width
 
     folder = resolve(path_or_hub_id, revision, report)
@@ -132,7 +133,8 @@ def load_projected(
         quantization=_quantization(checkpoint, family),
     )
     stored = holder.vision.embeddings.patch_embedding.weight.dtype
-    encoder = Encoder(holder.vision, config.vision, config.tiling, config.encoder_pool, stored)
+    _, tiles = encoder_configs(checkpoint, family, tiling=tiling)
+    encoder = Encoder(holder.vision, config.vision, tiles, config.encoder_pool, stored)
     return ProjectedEncoder(encoder, projector, config.tokens_per_view, width)
 
 
@@ -194,7 +196,10 @@ def encoder_configs(
     if isinstance(tiling, TilingConfig):
         tiles = tiling
     elif tiling:
-        tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **tiling}, "tiling")
+        fields = dict(tiling)
+        if "resize" in fields and "background" not in fields:
+            tiles = tiles.resized(fields.pop("resize"), config.image_mean)
+        tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")
     if feature_layer is not None:
         config = dataclasses.replace(config, vision_feature_layer=feature_layer)
         last = config.num_layers_used == config.num_hidden_layers

@@ -82,6 +82,7 @@ class Trainer:
         # A hub id is looked up once, so that a branch that moves cannot change a run on its way.
         self.model = resolve(config.model, report=self._tell)
         self.vlm = load(self.model)
+        self.vlm.config.override(config.resize, config.layout)
         self.stored = {"lm": dtype_of(self.vlm.language), "vision": dtype_of(self.vlm.vision)}
         self.lora: LoRAConfig | None = None
         self.vision_lora: LoRAConfig | None = None

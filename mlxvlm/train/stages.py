@@ -113,6 +113,8 @@ class TrainConfig:
     augment: str = flag("", f"Changes pictures in training: {', '.join(AUGMENTATIONS)}.")
     response_format: str = flag("", f"LLaVA-1.5's line after each question: {', '.join(FORMATS)}.")
     filter: str = flag("", f"Rows to leave out, comma-separated: {', '.join(FILTERS)}.")
+    resize: str = flag("", "squash, crop or pad pictures from this stage on. Default: as before.")
+    layout: str = flag("", "The prompt's layout from this stage on. Default: as before.")
     val_data: str = flag("", "Rows to validate on.")
     val_split: float = flag(0.0, "Or: this share of the rows, chosen by --seed, by picture.")
     train: str = flag("", f"Parts that train, comma-separated: {', '.join(PARTS)}.")

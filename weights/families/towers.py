@@ -94,10 +94,8 @@ def preprocessing(
             f"{where} makes pictures of {side} pixels, but the vision tower's image_size is "
             f"{vision.image_size}: its grid is fixed."
         )
-    tiling = TilingConfig(image_size=side, resize=resize, resample=RESAMPLE[resample])
-    if resize == "pad":
-        tiling.background = tuple(int(255 * value) for value in mean)  # type: ignore[assignment]
-    return tiling, mean, std
+    tiling = TilingConfig(image_size=side, resample=RESAMPLE[resample])
+    return tiling.resized(resize, mean), mean, std
 
 
 def _resize(raw: dict[str, Any], size: Any, clip: bool, where: str) -> tuple[str, int]:
