@@ -18,6 +18,15 @@ from mlxvlm.cli.progress import list_skipped, say
 app = typer.Typer(help="Look after an embedding cache.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What cache-embeddings wrote.")]
+MaxTiles = Annotated[
+    int,
+    typer.Option(
+        "--max-tiles",
+        min=0,
+        help="Most dynamic tiles of a row's pictures, as a source of a recipe asks for fewer.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -179,6 +188,7 @@ def prune(
         Path | None,
         typer.Option("--images", metavar="DIR", help="What names in DATA are relative to."),
     ] = None,
+    max_tiles: MaxTiles = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Drop the pictures that DATA does not name. Do not train from the cache meanwhile."""
@@ -195,7 +205,8 @@ def prune(
             "pictures would be dropped: mend the rows first."
         )
     with _counting("shards") as progress:
-        pruned = prune_cache(folder, ((s.name, s.among) for s in sources), images, progress)
+        names = ((s.name, s.among) for s in sources)
+        pruned = prune_cache(folder, names, images, progress, max_tiles)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **dataclasses.asdict(pruned)}))
         return

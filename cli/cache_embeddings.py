@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlxvlm.amount import amount
+from mlxvlm.cli.cache import MaxTiles
 from mlxvlm.cli.plan import describe_plan, plan_line, plan_table
 from mlxvlm.cli.progress import LiveLine, duration, list_skipped, say
 from mlxvlm.errors import DataError, UsageError
@@ -80,6 +81,7 @@ def cache_embeddings(
             "--resize", help="As the stage of training has it. Default: the model's own way."
         ),
     ] = None,
+    max_tiles: MaxTiles = 0,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Pictures at once. Default: 8, or the cache's."),
@@ -162,7 +164,7 @@ def cache_embeddings(
         tiling={"resize": resize} if resize else None,
         report=lambda download: say(str(download)),
     )
-    jobs = distinct(sources, encoder.tiling)[:limit]
+    jobs = distinct(sources, encoder.tiling, max_tiles)[:limit]
     del sources
     earlier: list[Any] = []
     if part:

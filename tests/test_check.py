@@ -17,11 +17,10 @@ from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cache.inputs import picture_sources
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.cli.main import app
-from mlxvlm.config import TilingConfig
 from mlxvlm.data.batching import Batching, MicroBatch
 from mlxvlm.data.check import Tiler, check, histogram
 from mlxvlm.data.feed import Feed
-from mlxvlm.data.gather import Reading, limit_of, shelf_of
+from mlxvlm.data.gather import Reading, shelf_of
 from mlxvlm.errors import DataError, UsageError
 from mlxvlm.train.loop import Trainer
 from mlxvlm.train.stages import stage_config
@@ -317,10 +316,3 @@ def test_url_pictures_are_fetched_only_if_asked(place, tmp_path, monkeypatch):
     assert left.where == "web.jsonl:4" and left.kind == "picture" and "404" in left.reason
     assert len(set(asked)) == len([path for path in asked if "9.png" not in path]) + 1 == 3
     Trainer(replace(config, allow_urls=True, iters=2, out=str(tmp_path / "again")))  # off line now
-
-
-def test_tiles_of_a_source():
-    limit = limit_of(TilingConfig(type="dynamic", max_tiles=12), 6)
-    assert [limit(among) for among in (1, 2, 4, 9)] == [6, 3, 1, 1]
-    single = limit_of(load_prompting(Path("weights/demo"))[0].tiling, 6)
-    assert single(1) is None

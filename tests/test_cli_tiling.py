@@ -144,3 +144,35 @@ def test_prune_keeps_what_rows_need(place, tmp_path):
         assert len(cache.get("0.png", "max-tiles-2").views) == 3
     summary = json.loads(command(*words, "--json").stdout)
     assert (summary["known"], summary["encoded"]) == (3, 4)
+
+
+def test_a_source_with_fewer_tiles_finds_them(place: Path, tmp_path: Path) -> None:
+    """--max-tiles caches what a recipe's max_tiles asks for, and prune keeps it."""
+    cache = tmp_path / "cache"
+    words = [place / "rows.jsonl", "--images", place / "images"]
+    made = [*words, "-m", place / "model", "--out", cache, "--codec", "float32"]
+    command("cache-embeddings", *made, "--max-tiles", 3)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+        model = "{place / "model"}"
+        iters = 2
+        [[sources]]
+        data = "{place / "rows.jsonl"}"
+        images = "{place / "images"}"
+        cache = "{cache}"
+        max_tiles = 3
+        """
+    )
+    command("pretrain", "--config", recipe, "--out", tmp_path / "cached", "--strict")
+    recipe.write_text(re.sub("cache = .*", "", recipe.read_text()))
+    command("pretrain", "--config", recipe, "--out", tmp_path / "plain", "--strict")
+    cached, plain = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("cached", "plain")
+    )
+    np.testing.assert_allclose(cached, plain, rtol=1e-5)
+    command("cache", "prune", cache, "--keep", *words, "--max-tiles", 3)
+    with EmbeddingCache.open(cache) as found:
+        plans = {found.num_views("0.png", plan_of(limit)) for limit in (3, 1)}
+    assert len(plans) == 2

@@ -97,7 +97,10 @@ def test_pictures_of_a_row_share_the_budget():
     tiling = TilingConfig("dynamic", max_tiles=12)
     each = [tiles_each(tiling, among) for among in (1, 2, 3, 5, 12, 13, 40)]
     assert each == [None, 6, 4, 2, 1, 1, 1]
-    assert tiles_each(TilingConfig(), 3) is None
+    assert tiles_each(TilingConfig(), 3) is None and tiles_each(TilingConfig(), 1, 6) is None
+    # A source of rows may ask for less, and not for more.
+    assert [tiles_each(tiling, among, 6) for among in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    assert [tiles_each(tiling, among, 40) for among in (1, 2)] == [None, 6]
     # A row's limit goes below a floor that is meant for pictures alone.
     assert choose_grid((900, 100), TilingConfig("dynamic", min_tiles=6), 2) == (2, 1)
 

@@ -44,9 +44,12 @@ class Job(NamedTuple):
 
 
 def distinct(
-    sources: Iterable[Job | Named | tuple[str, Origin]], tiling: TilingConfig | None = None
+    sources: Iterable[Job | Named | tuple[str, Origin]],
+    tiling: TilingConfig | None = None,
+    max_tiles: int = 0,
 ) -> list[Job]:
-    """One job a name and tiling plan, in order of first appearance."""
+    """One job a name and tiling plan, in order of first appearance; max_tiles: of a row, where it
+    is to have fewer than the tiling allows."""
     from ..images.tiling import tiles_each
 
     jobs: dict[tuple[str, int | None], Job] = {}
@@ -55,7 +58,9 @@ def distinct(
         if isinstance(given, Job):
             limit = given.limit
         else:
-            limit = tiles_each(tiling, given[2]) if tiling and len(given) > 2 else None
+            limit = None
+            if tiling and len(given) > 2:
+                limit = tiles_each(tiling, given[2], max_tiles)
         name = source_name(given[0])
         origin = given[1]
         # Text, since a Path takes several times its room, and more once it has been used.

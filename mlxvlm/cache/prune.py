@@ -40,17 +40,19 @@ def prune_cache(
     names: Iterable[tuple[str, int]],
     images: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    max_tiles: int = 0,
 ) -> Pruned:
     """Drops the pictures that have none of these names, and those stored a second time.
 
     names: each with how many pictures its row has; a picture stays under the tiling plans of such
     rows, with all its names. `images`: what absolute names are relative to.
-    progress: called with the shards done and their number.
+    progress: called with the shards done and their number. max_tiles: as in `distinct`.
     """
     folder = Path(folder)
     about = read_about(folder)
     tiling = tiling_of(about)
-    wanted = ((name, plan_of(tiles_each(tiling, n) if tiling else None)) for name, n in names)
+    limits = ((name, tiles_each(tiling, n, max_tiles) if tiling else None) for name, n in names)
+    wanted = ((name, plan_of(limit)) for name, limit in limits)
     with WriterLock(folder):
         sweep(folder)
         index = Index.open_sound(folder, about)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -160,27 +160,11 @@ def shelf_of(
         encoder,
         root,
         cache,
-        limit_of(tiling, source.max_tiles),
+        partial(tiles_each, tiling, most=source.max_tiles),
         finder(source.data, source.images, allow_urls),
         AUGMENTATIONS.get(source.augment),
         pixels,
     )
-
-
-def limit_of(tiling: TilingConfig, most: int) -> Callable[[int], int | None]:
-    """`tiles_each`, with at most `most` tiles for all pictures of a row together; 0: no such limit.
-
-    InternVL 2.5's rule: each of n pictures has most // n, and at least one.
-    """
-    if not most or tiling.type == "single":
-        return partial(tiles_each, tiling)
-
-    def limit(among: int) -> int:
-        each = tiles_each(tiling, among)
-        own = max(1, most // max(among, 1))
-        return own if each is None else min(own, each)
-
-    return limit
 
 
 def write_skipped(

@@ -68,17 +68,21 @@ def count_views(
     return TILINGS[tiling.type].count(upright_size(source, max_pixels), tiling, max_tiles)
 
 
-def tiles_each(tiling: TilingConfig, among: int) -> int | None:
+def tiles_each(tiling: TilingConfig, among: int, most: int = 0) -> int | None:
     """The most tiles that each of `among` pictures in one row of data may have; None: as many as
     the tiling makes.
 
     A single view is never limited. Dynamic tiles are InternVL's: a picture alone has max_tiles,
     each of several max_tiles // among, at least one, and thumbnails are not counted (`dataset.py`
-    of internvl_chat, multi_modal_multi_image_get_item).
+    of internvl_chat, multi_modal_multi_image_get_item). most: less than max_tiles, as a source of
+    rows may ask; 0 for no such wish.
     """
-    if tiling.type == "single" or among < 2:
+    if tiling.type == "single":
         return None
-    return max(1, tiling.max_tiles // among)
+    budget = min(most or tiling.max_tiles, tiling.max_tiles)
+    if among < 2:
+        return budget if budget < tiling.max_tiles else None
+    return max(1, budget // among)
 
 
 def view(image: Image.Image, tiling: TilingConfig) -> np.ndarray:
