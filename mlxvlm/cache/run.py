@@ -219,7 +219,9 @@ class Run:
                 return
             stretch.sources = named
         shard = self._shard_of(stretch)
-        shard.finish(stretch.sources)
+        path = shard.finish(stretch.sources)
+        records = sum(view.size for row in shard.rows for view in row.views)
+        self.summary.bytes += path.stat().st_size - records  # what is around them
         self.codec = shard.codec  # calibrated, if it had not been
         self.index.add(self.number)
         self.claimed -= {(row.sha256, row.plan) for row in shard.rows}
