@@ -50,8 +50,9 @@ def main() -> None:
                 "schedule": "constant",
                 "warmup": 0.0,
                 "max_grad_norm": 0.0,
+                "spike_factor": 0.0,
                 "lora_rank": shape.rank,
-                "lora_scale": shape.scale,
+                "lora_alpha": shape.scale * shape.rank,
                 "lora_dropout": 0.0,
                 "lora_keys": ",".join(f"{_home(key)}.{key}" for key in shape.keys.split(",")),
                 "grad_checkpoint": shape.grad_checkpoint,
@@ -88,8 +89,8 @@ def _supervise_everywhere(trainer: Trainer) -> None:
 
     fetch = trainer.feed.fetch
 
-    def whole(indices: list[int]) -> Any:
-        batch, found = fetch(indices)
+    def whole(*which: Any) -> Any:
+        batch, found = fetch(*which)
         assert batch is not None and batch.prefix is None
         labels, weights = np.zeros(batch.tokens.size, np.int32), np.zeros(batch.tokens.size)
         labels[batch.predict] = batch.labels
