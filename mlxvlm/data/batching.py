@@ -65,6 +65,10 @@ class MicroBatch:
     lines: list[list[int]]
     length: int = 0
 
+    @property
+    def numbers(self) -> list[int]:
+        return [number for line in self.lines for number in line]
+
 
 @dataclass
 class Decision:
@@ -94,17 +98,20 @@ class Rows:
         """The share of positions that no row fills, and what all of them cost."""
         filled = whole = cost = 0.0
         for batch in batches:
-            groups = [self.groups[number] for line in batch.lines for number in line]
-            filled += sum(one.num_tokens for one in groups)
-            length, positions = batch.length, len(batch.lines) * batch.length
-            if not length:
-                longest = padded(max(one.length for one in groups), want.length_multiple)
-                rows = max(len(one.rows) for one in groups)
-                length = groups[0].prefix + longest
-                positions = len(groups) * (groups[0].prefix + rows * longest)
+            filled += sum(self.groups[number].num_tokens for number in batch.numbers)
+            positions, length = self.measure(batch, want.length_multiple)
             whole += positions
             cost += _cost(positions, length, want.width)
         return 1 - filled / whole, cost
+
+    def measure(self, batch: MicroBatch, length_multiple: int) -> tuple[int, int]:
+        """Positions of a micro-batch, padding included, and those of one line."""
+        if batch.length:
+            return len(batch.lines) * batch.length, batch.length
+        groups = [self.groups[number] for number in batch.numbers]
+        prefix, rows = groups[0].prefix, max(len(one.rows) for one in groups)
+        longest = padded(max(one.length for one in groups), length_multiple)
+        return len(groups) * (prefix + rows * longest), prefix + longest
 
 
 def _cost(positions: int, length: int, width: int) -> float:

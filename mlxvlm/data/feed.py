@@ -208,14 +208,17 @@ class Feed:
         # A bucket is sorted by length: taken in turn, rows of like length meet on every rank.
         mine = micro.lines[self.rank :: self.ranks]
         lines = [[g for g in line if self._read(g, found, time)] for line in mine]
-        lines = [[self.groups[g] for g in line] for line in lines if line]
-        if not lines:
-            return None, []
+        lines = [line for line in lines if line]
+        return (self.collate(MicroBatch(lines, micro.length)), found) if lines else (None, [])
+
+    def collate(self, micro: MicroBatch) -> Batch:
+        """All lines of a micro-batch; no picture is looked at."""
+        lines = [[self.groups[number] for number in line] for line in micro.lines]
         if micro.length:
             packed = [[row for one in line for row in one.rows] for line in lines]
-            return collate_lines(packed, micro.length, self.loss), found
+            return collate_lines(packed, micro.length, self.loss)
         groups = [one for line in lines for one in line]
-        return collate(groups, self.batching.length_multiple, self.loss), found
+        return collate(groups, self.batching.length_multiple, self.loss)
 
     def _read(self, number: int, found: list[Any], time: tuple[int, int] | None) -> bool:
         """Adds the pictures of a group to `found`, all or none."""

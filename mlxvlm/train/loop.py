@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,16 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..cache import EmbeddingCache
-from ..config import LoRAConfig, is_adapter
-from ..data.batching import Batching
+from ..config import is_adapter
 from ..data.buckets import Batch
-from ..data.feed import Feed, Pictures
-from ..data.gather import Gathered, Reading, gather, shelf_of, write_skipped
-from ..data.hub import local_data
+from ..data.feed import Feed
+from ..data.gather import Gathered, write_skipped
 from ..data.mixture import Mixture, Source
-from ..data.samples import Sample
 from ..data.split import split
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
-from ..language.forward import blocks_of, check_head
-from ..language.load import language_width
-from ..language.lora import add_lora, add_vision_lora, fuse, matching
-from ..language.packed import longest_pack
+from ..language.forward import check_head
+from ..language.lora import fuse
 from ..model import VLM
 from ..vision.encoder import Encoder
 from ..weights.adapter import save_adapter
@@ -53,7 +47,9 @@ from .distributed import Ranks
 from .guard import Guard
 from .losses import batch_loss, count, gradients
 from .optimizer import Optimizer, clip, learning_rate
+from .parts import prepare_parts
 from .plot import draw
+from .rows import check_rows, feed_of, gather_rows, open_caches
 from .stages import TrainConfig, fingerprint
 from .validation import Best, sample_answers
 
@@ -84,10 +80,10 @@ class Trainer:
         self.vlm = load(self.model)
         self.vlm.config.override(config.resize, config.layout)
         self.stored = {"lm": dtype_of(self.vlm.language), "vision": dtype_of(self.vlm.vision)}
-        self.lora: LoRAConfig | None = None
-        self.vision_lora: LoRAConfig | None = None
         mx.random.seed(config.seed)
-        self._freeze()
+        check_head(self.vlm.language)
+        self.lora, self.vision_lora = prepare_parts(self.vlm, config)
+        mx.eval(self.vlm.parameters())
         self.encoder: Encoder | None = self.vlm.encoder
         sources = config.all_sources
         validation = [config.source(config.val_data)] if config.val_data else []
@@ -119,76 +115,14 @@ class Trainer:
     def _tell(self, download: Any) -> None:
         self.report("download", {"what": str(download)})
 
-    def _freeze(self) -> None:
-        vlm, parts = self.vlm, self.config.parts
-        check_head(vlm.language)
-        vlm.freeze()
-        if "projector" in parts:
-            vlm.projector.unfreeze()
-            vlm.projector.set_dtype(mx.float32)
-        for part, module in (("lm", vlm.language), ("vision", vlm.vision)):
-            if part not in parts:
-                continue
-            if any("scales" in m for m in module.modules()):
-                what = "language model" if part == "lm" else "vision tower"
-                raise ConfigError(
-                    f"a quantised {what} cannot be trained itself; train adapters on it with "
-                    f"--train lora:{part}, or start from an unquantised one."
-                )
-            module.unfreeze()
-            # float32 masters: a bf16 weight would swallow most updates at these learning rates.
-            module.set_dtype(mx.float32)
-        if "vision" in parts:
-            _freeze_unused(vlm.vision)
-        self._add_adapters()
-        mx.eval(vlm.parameters())
-
-    def _add_adapters(self) -> None:
-        """On the language model, the tower or both; a key need be one of theirs only."""
-        vlm, parts = self.vlm, self.config.parts
-        blocks = {"lora:lm": blocks_of(vlm.language), "lora:vision": vlm.vision.encoder.layers}
-        wanted = {part: self.config.lora() for part in blocks if part in parts}
-        for part, config in wanted.items():
-            if config.keys is None:
-                continue
-            others = [blocks[other] for other in wanted if other != part]
-            elsewhere = {k for k in config.keys for o in others if matching([k], o)}
-            config.keys = [
-                k for k in config.keys if matching([k], blocks[part]) or k not in elsewhere
-            ]
-            if not config.keys:
-                raise ConfigError(
-                    f"--lora-keys (={self.config.lora_keys}) names no layer for {part}."
-                )
-        if (config := wanted.get("lora:lm")) is not None:
-            add_lora(vlm.language, config)
-            self.lora = config
-        if (config := wanted.get("lora:vision")) is not None:
-            config.num_layers = -1
-            add_vision_lora(vlm.vision, config)
-            self.vision_lora = config
-
     def trainable(self) -> dict[str, mx.array]:
         return dict(tree_flatten(self.vlm.trainable_parameters()))
 
     def _open_caches(self, sources: list[Source]) -> dict[str, EmbeddingCache]:
         """Every source's cache; where all have one, the encoder goes."""
-        config = self.config
-        paths = list(dict.fromkeys(source.cache for source in sources if source.cache))
-        caches = {path: EmbeddingCache.open(path) for path in paths}
-        behind = [path for path in paths if caches[path].meta["encoder"].get("at") == "projector"]
         # Whether the caches hold what a frozen projector made of the features.
-        self.projected = bool(behind)
-        if self.projected and "projector" in config.parts:
-            raise ConfigError(
-                f"{behind[0]} holds what the projector gives, so the projector cannot train "
-                "(--train): leave it out, or cache without --at projector."
-            )
-        if self.projected and (len(behind) < len(paths) or not all(s.cache for s in sources)):
-            raise ConfigError(
-                f"{behind[0]} holds what the projector gives: every source needs such a cache."
-            )
-        if paths:
+        caches, self.projected = open_caches(self.config, sources)
+        if caches:
             encoder = self.vlm.projected_encoder if self.projected else self.vlm.encoder
             for cache in caches.values():
                 cache.require(encoder.identity())
@@ -200,36 +134,18 @@ class Trainer:
         return caches
 
     def _feed(self, sources: list[Source], mixture: Mixture, loss: str) -> tuple[Gathered, Feed]:
-        config = self.config
-        sources = [replace(s, data=local_data(s.data, self._tell)) for s in sources]
-        shelves = [
-            shelf_of(
-                s,
-                self.encoder,
-                self.caches.get(s.cache),
-                self.vlm.config.tiling,
-                config.allow_urls,
-                config.trains_vision,
-            )
-            for s in sources
-        ]
-        assert self.vlm.tokenizer is not None
-        reading = Reading(
-            self.vlm.tokenizer,
-            self.vlm.config,
-            config.max_seq_length,
-            tuple(config.targets),
-            config.seed,
-            config.allow_urls,
+        config, ranks = self.config, self.ranks
+        gathered = gather_rows(
+            config, self.vlm, self.encoder, self.caches, sources, mixture, self._tell
         )
-        gathered = gather(sources, mixture, shelves, reading)
-        samples, skipped, pictures = gathered.samples, gathered.skipped, gathered.pictures
-        data = ", ".join(source.data for source in sources)
-        feed = self._meet(samples, pictures, loss) if samples else None
+        samples, feed = gathered.samples, None
+        if samples:
+            pictures = gathered.pictures
+            feed = feed_of(config, self.vlm, samples, pictures, loss, ranks.rank, ranks.size)
         self.report(
             "data",
             {
-                "data": data,
+                "data": ", ".join(found.source.data for found in gathered.each),
                 "rows": len(samples),
                 "skipped": gathered.examples(),
                 "counts": gathered.counts(),
@@ -237,43 +153,9 @@ class Trainer:
                 "batching": feed.plan.describe() if feed else None,
             },
         )
-        if skipped and (config.strict or not samples):
-            first = skipped[0]
-            raise DataError(
-                f"{data}: {len(skipped)} rows cannot be used; {first.where}: {first.reason}"
-            )
-        if feed is None:
-            raise DataError(f"{data} has no rows.")
-        if config.needs_pictures and not any(sample.images for sample in samples):
-            raise DataError(
-                f"{data} has no row with a picture, and nothing else trains {config.train}."
-            )
+        check_rows(config, gathered)
+        assert feed is not None
         return gathered, feed
-
-    def _meet(self, samples: list[Sample], pictures: Pictures, loss: str) -> Feed:
-        config, lm = self.config, self.vlm.language
-        batching = Batching(
-            config.batch_size * self.ranks.size,
-            config.batching,
-            config.length_multiple,
-            config.pack_length,
-            config.pack_views,
-            config.group_by_modality_length,
-            self.vlm.config.tokens_per_view,
-            config.seed,
-            language_width(self.vlm.config.language),
-            partial(longest_pack, lm),
-        )
-        return Feed(
-            samples,
-            pictures,
-            batching,
-            config.share_prefix,
-            config.strict,
-            loss,
-            self.ranks.rank,
-            self.ranks.size,
-        )
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, saves the result in `out`, and returns a summary.
@@ -303,7 +185,7 @@ class Trainer:
         try:
             with _finish_step_on_interrupt() as self.interrupted:
                 while self.step < self.steps and not self._out_of_patience():
-                    line = self._step([next(reading) for _ in range(micro)])
+                    line = self.take_step([next(reading) for _ in range(micro)])
                     if self.guard.stuck:
                         self._give_up(line)
                     last = self.step == self.steps
@@ -355,7 +237,7 @@ class Trainer:
         self.report("done", summary)
         return summary
 
-    def _step(self, items: list[tuple[Batch | None, list[Any]]]) -> dict[str, Any]:
+    def take_step(self, items: list[tuple[Batch | None, list[Any]]]) -> dict[str, Any]:
         started = time.perf_counter()
         config = self.config
         # Randomness (dropout) is a function of seed and step, so that a resumed run repeats it.
@@ -363,16 +245,7 @@ class Trainer:
         batches = [(batch, found) for batch, found in items if batch is not None]
         totals, counts = self._count([batch for batch, _ in batches])
         parameters = self.trainable()
-        grads: dict[str, mx.array] = {}
-        parts: dict[str, mx.array] = {}
-        for batch, found in batches:
-            views = self.feed.pictures.views(found)
-            options = (config.targets, totals, config.grad_checkpoint, self.projected)
-            flat, here = gradients(self.gradient, self.vlm, batch, views, *options)
-            grads = {k: grads[k] + g if grads else g for k, g in flat.items()}
-            parts = {k: parts.get(k, mx.array(0.0)) + v for k, v in here.items()}
-            if len(batches) > 1:
-                mx.eval(grads, parts)
+        grads, parts = self._gradients(batches, totals)
         # Tracing leaves its own arrays in the modules; the true ones go back before anything else.
         self.vlm.update(tree_unflatten(list(parameters.items())))
         share = learning_rate(config, self.step, self.steps)
@@ -408,6 +281,25 @@ class Trainer:
             "seconds": round(seconds, 4),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
         }
+
+    def _gradients(
+        self, batches: list[tuple[Batch, list[Any]]], totals: dict[str, float]
+    ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+        """Gradients and the loss's parts, summed over micro-batches."""
+        config = self.config
+        grads: dict[str, mx.array] = {}
+        parts: dict[str, mx.array] = {}
+        for batch, found in batches:
+            views = self.feed.pictures.views(found)
+            options = (config.targets, totals, config.grad_checkpoint, self.projected)
+            flat, here = gradients(self.gradient, self.vlm, batch, views, *options)
+            grads = {k: grads[k] + g if grads else g for k, g in flat.items()}
+            parts = {k: parts.get(k, mx.array(0.0)) + v for k, v in here.items()}
+            # Else they would all be kept beside their sums.
+            del flat, views
+            if len(batches) > 1:
+                mx.eval(grads, parts)
+        return grads, parts
 
     def _count(self, batches: list[Batch]) -> tuple[dict[str, float], dict[str, int]]:
         """What a step's losses are divided by, and its sizes: over all ranks."""
@@ -548,14 +440,6 @@ def _check_out(config: TrainConfig) -> Path:
             "folder."
         )
     return check_out(out)
-
-
-def _freeze_unused(vision: Any) -> None:
-    """Of a tower that trains, what its features do not come from: weight decay would wear it."""
-    for path, module in vision.named_modules():
-        for name, value in list(module.items()):
-            if isinstance(value, mx.array) and not vision.feeds_features(f"{path}.{name}"):
-                module.freeze(recurse=False, keys=[name])
 
 
 def _digest_model(vlm: VLM, vision: bool) -> str:
