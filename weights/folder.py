@@ -93,7 +93,48 @@ class Checkpoint:
             )
 
 
-DTYPES = frozenset("F32 F16 BF16 U32 U16 U8 I64 I32 I16 I8 BOOL".split())
+class Outline(Checkpoint):
+    """A checkpoint whose tensors are not here, only the headers of their files.
+
+    `read` gives lazy zeros of the right shape and dtype: enough to know what a model takes.
+    """
+
+    @classmethod
+    def of(cls, folder: Path, headers: dict[str, dict[str, Any]]) -> Outline:
+        """headers: file -> its safetensors header."""
+        outline = cls(folder, read_json(folder / "config.json"))
+        for file, header in headers.items():
+            outline.writer = (header.get("__metadata__") or {}).get("format", outline.writer)
+            outline.tensors.update(
+                (name, Tensor(folder / file, tuple(entry["shape"]), entry["dtype"]))
+                for name, entry in header.items()
+                if name != "__metadata__"
+            )
+        return outline
+
+    def read(self, names: Iterable[str]) -> dict[str, mx.array]:
+        wanted = set(names)
+        self._check_dtypes(wanted)
+        return {
+            name: mx.zeros(self.tensors[name].shape, MLX_DTYPES[self.tensors[name].dtype])
+            for name in wanted
+        }
+
+
+MLX_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U16": mx.uint16,
+    "U8": mx.uint8,
+    "I64": mx.int64,
+    "I32": mx.int32,
+    "I16": mx.int16,
+    "I8": mx.int8,
+    "BOOL": mx.bool_,
+}
+DTYPES = frozenset(MLX_DTYPES)
 
 
 def weight_files(folder: Path) -> list[Path]:

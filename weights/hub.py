@@ -67,7 +67,55 @@ def resolve(
     return _from_hub(name, revision, report)
 
 
-def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any] | None) -> Path:
+def resolve_outline(
+    path_or_id: str | Path, revision: str | None = None
+) -> tuple[Path, dict[str, dict[str, Any]] | None]:
+    """As `resolve`, but of a hub model that is not here only the small files are fetched.
+
+    Then the second value holds the headers of its tensors' files: file -> header, as safetensors
+    has it; where the tensors are here it is None.
+    """
+    if Path(path_or_id).expanduser().exists() or not HUB_ID.fullmatch(str(path_or_id)):
+        return resolve(path_or_id, revision), None
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo = str(path_or_id)
+    options: dict[str, Any] = {"allow_patterns": ALLOW, "ignore_patterns": IGNORE}
+    try:
+        cached = huggingface_hub.snapshot_download(
+            repo, revision=revision, local_files_only=True, **options
+        )
+        if any(Path(cached).glob("*.safetensors")):
+            return Path(cached), None
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        pass
+    folder = _from_hub(repo, revision, None, tensors=False)
+    try:
+        found = huggingface_hub.get_safetensors_metadata(repo, revision=revision)
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError)) or _is_network(error)
+        if not known and "safetensors" not in str(error).lower():
+            raise
+        raise HubError(
+            f"the headers of {repo}'s tensors cannot be had ({_line(error)}): download the model "
+            "first, or give the path of a folder that has it."
+        ) from None
+    return folder, {
+        name: {
+            "__metadata__": dict(file.metadata or {}),
+            **{key: {"shape": t.shape, "dtype": t.dtype} for key, t in file.tensors.items()},
+        }
+        for name, file in found.files_metadata.items()
+    }
+
+
+def _from_hub(
+    repo: str,
+    revision: str | None,
+    report: Callable[[Download], Any] | None,
+    tensors: bool = True,
+) -> Path:
     import huggingface_hub
 
     def snapshot(**options: Any) -> Any:
@@ -84,7 +132,7 @@ def _from_hub(repo: str, revision: str | None, report: Callable[[Download], Any]
                 "and .pt can run code when opened) are never loaded: choose another repository, or "
                 "convert the weights with transformers' save_pretrained in a place that you trust."
             )
-        return None
+        return None if tensors else [name for name in names if not name.endswith(".safetensors")]
 
     return fetch(repo, revision, snapshot, select, report, needs="config.json")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,9 @@ from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
 from mlxvlm.weights.families import clip, llava, native, siglip
-from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint
-from mlxvlm.weights.hub import Download, resolve
-from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
+from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
+from mlxvlm.weights.hub import Download, resolve, resolve_outline
+from mlxvlm.weights.tensors import fill, fit, parse_dtype, rename_quantization, stored_quantization
 
 if TYPE_CHECKING:
     from mlxvlm.language.siglip_tokenizer import SiglipTokenizer
@@ -63,6 +64,25 @@ def load(
         load_adapter(vlm, adapter)
     vlm.eval()  # an adapter's dropout is for training
     return vlm
+
+
+def outline(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[VLM, bool]:
+    """A model whose tensors are not read, with the shapes and dtypes that they have; and whether
+    they are here to be read.
+
+    Of a hub model that is not in the local cache, config, tokenizer and the tensors' headers are
+    fetched, a few MB; its tensors, once evaluated, are zeros.
+    """
+    from mlxvlm.model import VLM
+
+    folder, headers = resolve_outline(path_or_hub_id, revision)
+    opened = Checkpoint.open if headers is None else partial(Outline.of, headers=headers)
+    family, checkpoint, config, tokenizer = _open_whole(folder, opened)
+    vlm = VLM(config, tokenizer)
+    weights = fit(vlm, checkpoint, family.rename, quantization=config.quantization)
+    vlm.load_weights(list(weights.items()), strict=False)
+    vlm.eval()
+    return vlm, headers is None
 
 
 def load_prompting(
@@ -254,11 +274,13 @@ def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] 
     return rename_quantization(stored_quantization(checkpoint.config), family.rename)
 
 
-def _open_whole(folder: Path) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
+def _open_whole(
+    folder: Path, opened: Callable[[Path], Checkpoint] = Checkpoint.open
+) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
     from mlxvlm.language.tokenizer import Tokenizer
 
     family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = opened(folder)
     config = model_config(checkpoint, family)
     tokenizer = Tokenizer.load(folder)
     if family is llava:

@@ -96,6 +96,34 @@ def fill(
     Values are read one tensor at a time, so memory holds one copy and the tensor at hand.
     """
     where = str(checkpoint.folder)
+    weights = fit(module, checkpoint, rename, prefixes, dtype, quantization)
+    ready, bad = [], []
+    for name in sorted(weights):
+        value = weights.pop(name)
+        try:
+            mx.eval(value)
+        except RuntimeError as error:
+            raise WeightsError(f"{where}: {name} cannot be read: {error}.") from None
+        if not finite(value):
+            bad.append(name)
+        ready.append((name, value))
+    report(where, not_finite=bad)
+    module.load_weights(ready, strict=False)
+
+
+def fit(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str | None],
+    prefixes: tuple[str, ...] = ("",),
+    dtype: mx.Dtype | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> dict[str, mx.array]:
+    """The parameters that `fill` gives a module, lazy: none is read before it is evaluated.
+
+    Makes those modules quantised whose tensors are.
+    """
+    where = str(checkpoint.folder)
     source = _names(checkpoint, rename, prefixes, where)
     raw = checkpoint.read(source.values())
     weights = {name: raw.pop(key) for name, key in source.items()}
@@ -117,18 +145,7 @@ def fill(
             if expected.get(n, tuple(w.shape)) != tuple(w.shape)
         },
     )
-    ready, bad = [], []
-    for name in sorted(weights):
-        value = weights.pop(name)
-        try:
-            mx.eval(value)
-        except RuntimeError as error:
-            raise WeightsError(f"{where}: {name} cannot be read: {error}.") from None
-        if not finite(value):
-            bad.append(name)
-        ready.append((name, value))
-    report(where, not_finite=bad)
-    module.load_weights(ready, strict=False)
+    return weights
 
 
 def _names(
