@@ -11,7 +11,7 @@ import typer
 
 from mlxvlm.amount import amount
 from mlxvlm.cli.cache import MaxTiles
-from mlxvlm.cli.plan import describe_plan, plan_line, plan_table
+from mlxvlm.cli.cache_plan import describe_plan, plan_line, plan_table
 from mlxvlm.cli.progress import LiveLine, duration, list_skipped, say
 from mlxvlm.errors import DataError, UsageError
 

@@ -156,12 +156,16 @@ def list_skipped(
 
 
 def duration(seconds: float) -> str:
-    """3 s, 2 min, 4.5 h."""
+    """3 s, 2 min, 4.5 h, 12 days."""
+    if 0 < seconds < 1:
+        return "under 1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 72 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def say(text: str) -> None:

@@ -73,11 +73,11 @@ def command(stage: str) -> Any:
         train(stage, flags)
 
     parameters = [
-        _parameter("config", str, "Recipe (TOML) with the same names as the flags; flags win."),
-        *_from_config(stage),
-        _parameter("ranks", int, "Processes on this machine that share the work.", None, 1),
-        _parameter("hostfile", str, "Or: Macs that do, as mlx.launch's --hostfile names them."),
-        _parameter("as_json", bool, "Print the summary as one JSON object.", ["--json"], False),
+        parameter("config", str, "Recipe (TOML) with the same names as the flags; flags win."),
+        *flags_of(stage),
+        parameter("ranks", int, "Processes on this machine that share the work.", None, 1),
+        parameter("hostfile", str, "Or: Macs that do, as mlx.launch's --hostfile names them."),
+        parameter("as_json", bool, "Print the summary as one JSON object.", ["--json"], False),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__name__ = stage
@@ -97,20 +97,21 @@ def arguments(flags: dict[str, Any]) -> list[str]:
     return found
 
 
-def _from_config(stage: str) -> list[inspect.Parameter]:
+def flags_of(stage: str | None) -> list[inspect.Parameter]:
+    """TrainConfig's fields as parameters of a command; help says the stage's defaults."""
     found = []
     for name, entry in TrainConfig.__dataclass_fields__.items():
         if "help" not in entry.metadata:
             continue
-        default = STAGES[stage].get(name, entry.default)
+        default = STAGES.get(stage or "", {}).get(name, entry.default)
         shown = "" if default in ("", False) else f" (default: {default})"
         names = [flag_name(name), *([SHORT[name]] if name in SHORT else [])]
         kind = list[str] if "several" in entry.metadata else KINDS[str(entry.type)]
-        found.append(_parameter(name, kind, entry.metadata["help"] + shown, names))
+        found.append(parameter(name, kind, entry.metadata["help"] + shown, names))
     return found
 
 
-def _parameter(
+def parameter(
     name: str, kind: type, text: str, names: list[str] | None = None, default: Any = None
 ) -> inspect.Parameter:
     # None means "not given": a recipe's value, or the stage's default, then holds.
