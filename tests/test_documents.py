@@ -12,7 +12,7 @@ from mlxvlm.data.records import parse_record
 from mlxvlm.data.samples import prepare
 from mlxvlm.data.sources import read_rows
 from mlxvlm.errors import DataError, PromptError
-from mlxvlm.prompts import normalize_messages, render
+from mlxvlm.prompts import document, normalize_messages, render
 
 PART = {"type": "image"}
 END = 256 + CONTROL.index("<|end_of_text|>")
@@ -182,3 +182,14 @@ def test_documents_and_names_in_parquet(tmp_path):
     )
     (entry,) = read_parquet(tmp_path / "p.parquet")
     assert not entry.pictures and entry.row == {"image": "a.jpg", "prompt": "Q", "completion": "A"}
+
+
+def test_a_document_that_nothing_predicts_is_left_out(monkeypatch):
+    """One token, with neither BOS before it nor an end behind it."""
+    monkeypatch.setattr(document, "ENDS", ())
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token_id = None
+    rows = [(words, parse_record({"content": [text(words)]}, words)) for words in ("a", "ab")]
+    samples, skipped = prepare(rows, tokenizer, tiny_config(), lambda *_: 1, 9)
+    assert [sample.where for sample in samples] == ["ab"]
+    assert [(one.where, one.kind) for one in skipped] == [("a", "nothing supervised")]

@@ -219,7 +219,8 @@ def _sample(
             f"({sum(row.counts)} of them visual).",
             kind="too long",
         )
-    if not prompt.supervised.any():
+    # Nothing predicts the first token.
+    if not prompt.supervised[1:].any():
         raise DataError(
             "nothing is supervised: no assistant turn has an answer.", kind="nothing supervised"
         )

@@ -53,14 +53,17 @@ def sample_answers(vlm: VLM, feed: Feed, count: int, projected: bool) -> list[di
     """Greedy answers to the first question of `count` rows, the same ones at every call.
 
     Each is {"question", "answer", "wanted"}: the last text before the answer, what the model says,
-    what the row has. projected: as for `batch_loss`.
+    what the row has; a document that begins with text asks nothing. projected: as for `batch_loss`.
     """
     places = np.linspace(0, len(feed.groups), count, endpoint=False).astype(int)
     found = []
     for place in dict.fromkeys(places.tolist()):
+        sample = feed.groups[place].rows[0]
+        if sample.supervised[:2].any():  # with or without BOS before it
+            continue
         batch, pictures = feed.fetch(MicroBatch([[place]]))
         if batch is not None:
-            found.append(_answer(vlm, feed, feed.groups[place].rows[0], pictures, projected))
+            found.append(_answer(vlm, feed, sample, pictures, projected))
     return found
 
 
