@@ -24,6 +24,7 @@ from mlxvlm.errors import CacheError, ConfigError, DataError, PictureError, Usag
 from mlxvlm.language.lora import fuse
 from mlxvlm.model import VLM
 from mlxvlm.train.loop import Trainer
+from mlxvlm.train.optimizer import Optimizer
 from mlxvlm.train.stages import stage_config
 from mlxvlm.weights.load import load, load_projected
 from mlxvlm.weights.save import save
@@ -503,3 +504,25 @@ def test_accumulation_equals_one_large_batch(place, tmp_path, loss):
         assert mx.allclose(ours[name], value, atol=1e-5).item(), name
     line = json.loads((tmp_path / "8" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["supervised_tokens"] == sum(len(row["text"].strip()) + 1 for row in rows)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_a_step_holds_its_gradients_once(place, tmp_path, micro, monkeypatch):
+    """When the optimizer starts, its input is all that there is more than between steps."""
+    real, found = Optimizer.apply, []
+
+    def apply(self, gradients, parameters, share):
+        mx.eval(gradients)
+        found.append(mx.get_active_memory())
+        return real(self, gradients, parameters, share)
+
+    def report(kind, values):
+        if kind == "step":
+            found.append(mx.get_active_memory())
+
+    monkeypatch.setattr(Optimizer, "apply", apply)
+    flags = {"iters": 3, "grad_accumulation_steps": micro}
+    trainer = Trainer(stage_config("sft", _flags(place, tmp_path) | flags), report)
+    trainer.run()
+    size = sum(value.nbytes for value in trainer.trainable().values())
+    assert size / 2 < found[4] - found[3] < 1.5 * size
