@@ -216,6 +216,16 @@ def test_a_run_goes_on_with_its_own_model_and_rows_only(place, tmp_path):
     train(place, "pretrain", tmp_path / "run", **again)
 
 
+def test_a_run_goes_on_with_features_as_exact_as_before(place, tmp_path):
+    sources = [(path.name, path) for path in sorted((place / "data" / "images").glob("?.png"))]
+    write_cache(load(place / "model").encoder, sources, tmp_path / "int8", codec="int8")
+    train(place, "pretrain", tmp_path / "run", iters=4, save_every=2)
+    again = {"iters": 4, "save_every": 2, "resume": True}
+    with pytest.raises(ConfigError, match=r"features was \['float32'\], now \['int8'\]"):
+        train(place, "pretrain", tmp_path / "run", **again, cache=str(tmp_path / "int8"))
+    train(place, "pretrain", tmp_path / "run", **again, cache=str(place / "cache"))
+
+
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_process_resumes(place, tmp_path, kill):
     """Ctrl-C saves and exits; kill -9 loses what came after the last checkpoint. Both resume."""

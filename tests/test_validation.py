@@ -4,6 +4,7 @@
 
 import json
 
+import pytest
 from test_train import _flags, place  # noqa: F401
 
 from mlxvlm.train import loop
@@ -37,3 +38,26 @@ def test_documents_are_validated_on_and_only_those_with_a_question_answer(
     trainer.run()
     assert [v["wanted"] for kind, v in shown if kind == "sample"] == ["a text"]
     assert len(trainer.val.samples) == 3 and trainer.best.step == 1
+
+
+@pytest.mark.parametrize("flag", ["val_data", "val_split"])
+def test_a_torn_picture_of_a_validation_is_told(place, tmp_path, flag):
+    """Among others its row is left out; alone, it is no loss of 0 that nothing could beat."""
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG torn")
+    torn = {"image": str(tmp_path / "torn.png"), "text": "a"}
+    rows = [json.loads(line) for line in (place / "data" / "train.jsonl").open()]
+    flags = {"iters": 1, "val_samples": 0}
+    if flag == "val_data":
+        flags["val_data"] = write(tmp_path / "val.jsonl", [torn])
+    else:
+        # The only picture with one row: other families are too large for one in a hundred.
+        flags |= {"data": write(tmp_path / "rows.jsonl", [*rows, torn]), "val_split": 0.01}
+    trainer = Trainer(stage_config("pretrain", _flags(place, tmp_path / "run") | flags))
+    summary = trainer.run()
+    assert len(trainer.val.samples) == 1 and summary["best"] is None
+    assert [name for name, _ in summary["failed_pictures"]] == [torn["image"]]
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    wanted = ("val", "val.jsonl:1") if flag == "val_data" else ("rows", "rows.jsonl:13")
+    assert (json.loads(line)["source"], json.loads(line)["where"]) == wanted
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["val_loss"] is None

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import ModelConfig, TilingConfig
 from ..errors import DataError, PictureError, UsageError, VLMError
@@ -168,16 +168,18 @@ def shelf_of(
 
 
 def write_skipped(
-    path: Path, gathered: Gathered, failed: Sequence[tuple[Sample, str]] = ()
+    path: Path, read: Iterable[tuple[Gathered, Mapping[Any, tuple[Sample, str]]]]
 ) -> None:
     """A line of JSON for each row that was left out: source, data, where, reason, kind.
 
-    failed: rows whose pictures turned out to be unreadable in training, and why.
+    read: what was gathered, and of it the rows whose pictures turned out to be unreadable, and why.
     """
-    rows = [(found.source, one) for found in gathered.each for one in found.skipped]
-    for sample, reason in failed:
-        one = Skipped(sample.where, reason, PictureError.default_kind)
-        rows.append((gathered.each[sample.source].source, one))
+    rows = []
+    for gathered, lost in read:
+        rows += [(found.source, one) for found in gathered.each for one in found.skipped]
+        for sample, reason in lost.values():
+            one = Skipped(sample.where, reason, PictureError.default_kind)
+            rows.append((gathered.each[sample.source].source, one))
     with path.open("w", encoding="utf-8") as file:
         for source, one in rows:
             about = {"source": source.name, "data": source.data}

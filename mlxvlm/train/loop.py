@@ -36,7 +36,7 @@ from ..errors import ConfigError, DataError, UsageError, VLMError
 from ..language.forward import check_head
 from ..language.lora import fuse
 from ..model import VLM
-from ..vision.encoder import Encoder
+from ..vision.encoder import DTYPES, Encoder
 from ..weights.adapter import save_adapter
 from ..weights.hub import resolve
 from ..weights.join import check_out
@@ -64,8 +64,8 @@ Report = Callable[[str, dict[str, Any]], None]
 class Trainer:
     """One run: its model, data, optimizer and place.
 
-    `report(kind, values)` is told of "download", "data", "step", "eval", "sample", "checkpoint" and
-    "done".
+    `report(kind, values)` is told of "download", "data", "split", "step", "eval", "sample",
+    "checkpoint" and "done".
     """
 
     def __init__(self, config: TrainConfig, report: Report | None = None):
@@ -88,11 +88,16 @@ class Trainer:
         sources = config.all_sources
         validation = [config.source(config.val_data)] if config.val_data else []
         self.caches = self._open_caches([*sources, *validation])
-        self.gathered, self.feed = self._feed(sources, config.mixture, config.loss)
-        self.val = self._feed(validation, Mixture(), "token")[1] if validation else None
+        gathered, self.feed = self._feed(sources, config.mixture, config.loss)
+        self.val: Feed | None = None
+        # What each feed was gathered from; rows that are held back are of the same sources.
+        self.read = [(gathered, self.feed.lost)]
+        if validation:
+            gathered, self.val = self._feed(validation, Mixture(), "token")
+            self.read.append((gathered, self.val.lost))
         if config.val_split:
             kept, held = split(self.feed.samples, config.val_split, config.seed)
-            self.val = replace(self.feed, samples=held, loss="token", failed={}, lost={})
+            self.val = replace(self.feed, samples=held, loss="token")
             self.feed = replace(self.feed, samples=kept)
             self.report("split", {"rows": len(kept), "held": len(held)})
         micro = config.grad_accumulation_steps
@@ -102,6 +107,7 @@ class Trainer:
             "steps": self.steps,
             "model's tensors": _digest_model(self.vlm, config.trains_vision),
             "rows": self.feed.digest(),
+            "features": [self._dtype_of(source) for source in sources],
         }
         self.optimizer = Optimizer(config, self.trainable())
         self.guard = Guard(config.spike_factor)
@@ -132,6 +138,12 @@ class Trainer:
             del self.vlm.vision
             mx.clear_cache()
         return caches
+
+    def _dtype_of(self, source: Source) -> str:
+        """How exactly a source's features are known: a cache may hold less than an encoder says."""
+        if source.cache:
+            return self.caches[source.cache].meta["codec"]
+        return DTYPES[self.vlm.encoder.dtype]
 
     def _feed(self, sources: list[Source], mixture: Mixture, loss: str) -> tuple[Gathered, Feed]:
         config, ranks = self.config, self.ranks
@@ -174,7 +186,7 @@ class Trainer:
         metrics = self._open_lines(METRICS)
         samples = self._open_lines(SAMPLES) if self.val else None
         if self.ranks.leads:
-            write_skipped(self.out / SKIPPED, self.gathered)
+            write_skipped(self.out / SKIPPED, self.read)
         self.vlm.train()
         micro = config.grad_accumulation_steps
         # A step takes all its batches at once: while it computes, the next one's are read.
@@ -214,8 +226,8 @@ class Trainer:
             metrics.close()
             if samples:
                 samples.close()
-            if self.feed.lost and self.ranks.leads:
-                write_skipped(self.out / SKIPPED, self.gathered, list(self.feed.lost.values()))
+            if self.ranks.leads and any(lost for _, lost in self.read):
+                write_skipped(self.out / SKIPPED, self.read)
         if self.best.step and self.ranks.leads:
             best = checkpoint.load_best(self.out, self.best.step)
             self.vlm.update(tree_unflatten(list(best.items())))
@@ -232,7 +244,7 @@ class Trainer:
             "best": {"step": self.best.step, "val_loss": self.best.val_loss}
             if self.best.step
             else None,
-            "failed_pictures": list(self.feed.failed.items()),
+            "failed_pictures": [*self._failed().items()],
         }
         self.report("done", summary)
         return summary
@@ -319,7 +331,7 @@ class Trainer:
 
     def evaluate(self, feed: Feed) -> float:
         """Loss per supervised token over all rows of `feed`: no auxiliary targets, no dropout, and
-        the same under every --loss."""
+        the same under every --loss. NaN where no row's pictures could be read."""
         self.vlm.eval()
         loss, weight = 0.0, 0.0
         for batch, found in feed.once():
@@ -334,7 +346,7 @@ class Trainer:
         self.vlm.train()
         mx.clear_cache()  # of buffers in shapes that training does not have
         found = self.ranks.sum({"loss": loss, "weight": weight}, ["loss", "weight"])
-        return found["loss"] / (found["weight"] or 1.0)
+        return found["loss"] / found["weight"] if found["weight"] else math.nan
 
     def _validate(self, samples: Any) -> float:
         """Validation loss; keeps weights that are the best so far, and writes sample answers."""
@@ -358,12 +370,17 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.best.stale
 
+    def _failed(self) -> dict[str, str]:
+        """Pictures that could not be read, and why."""
+        return self.feed.failed | (self.val.failed if self.val else {})
+
     def _give_up(self, line: dict[str, Any]) -> None:
         """Ends a run whose last steps were all skipped, with its last good state on disk."""
         if not line["rows"]:
-            name, reason = next(iter(self.feed.failed.items()))
             count = len(self.guard.streak)
-            raise DataError(f"no picture of {count} steps in a row could be read; {name}: {reason}")
+            why = f"no picture of {count} steps in a row could be read"
+            # Here or on other ranks, which say theirs themselves.
+            raise DataError("; ".join([why, *map(": ".join, [*self._failed().items()][:1])]))
         reasons, stopped = self.guard.streak, self.step
         self.step -= self.guard.rewind()
         # Skipped steps change nothing, so a checkpoint among them is as good.
