@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 
@@ -207,6 +207,11 @@ def test_a_run_goes_on_with_its_own_model_and_rows_only(place, tmp_path):
     save(tiny_vlm(seed=9), tmp_path / "other")
     with pytest.raises(ConfigError, match="model's tensors"):
         train(place, "pretrain", tmp_path / "run", **again, model=str(tmp_path / "other"))
+    tower = load(place / "model")
+    tower.vision.update(tree_map(lambda x: x + 0.5, tower.vision.parameters()))
+    save(tower, tmp_path / "tower")  # frozen, and what is learnt depends on it all the same
+    with pytest.raises(ConfigError, match="model's tensors"):
+        train(place, "pretrain", tmp_path / "run", **again, model=str(tmp_path / "tower"))
     rows = (place / "data" / "train.jsonl").read_text().replace("red", "bed")
     (tmp_path / "rows.jsonl").write_text(rows)
     with pytest.raises(ConfigError, match="rows"):

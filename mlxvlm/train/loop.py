@@ -85,6 +85,8 @@ class Trainer:
         self.lora, self.vision_lora = prepare_parts(self.vlm, config)
         mx.eval(self.vlm.parameters())
         self.encoder: Encoder | None = self.vlm.encoder
+        # Before a cache takes the tower's place.
+        model = _digest_model(self.vlm)
         sources = config.all_sources
         validation = [config.source(config.val_data)] if config.val_data else []
         self.caches = self._open_caches([*sources, *validation])
@@ -105,7 +107,7 @@ class Trainer:
         self.identity = fingerprint(config) | {
             "batch_size": config.batch_size * self.ranks.size,
             "steps": self.steps,
-            "model's tensors": _digest_model(self.vlm, config.trains_vision),
+            "model's tensors": model,
             "rows": self.feed.digest(),
             "features": [self._dtype_of(source) for source in sources],
         }
@@ -459,18 +461,14 @@ def _check_out(config: TrainConfig) -> Path:
     return check_out(out)
 
 
-def _digest_model(vlm: VLM, vision: bool) -> str:
-    """Tells models apart at little cost: the names, shapes and first values of all tensors.
-
-    vision: the tower's too. A frozen one is absent where a cache stands in for it.
-    """
+def _digest_model(vlm: VLM) -> str:
+    """Tells models apart at little cost: the names, shapes and first values of all tensors."""
     found = hashlib.sha256()
     leaves: Any = tree_flatten(vlm.parameters())
     firsts = [(name, v.shape, v.reshape(-1)[:64].astype(mx.float32)) for name, v in leaves]
     mx.eval([values for *_, values in firsts])
     for name, shape, values in sorted(firsts, key=lambda one: one[0]):
-        # Adapters start at random.
-        if (vision or not name.startswith("vision.")) and not is_adapter(name):
+        if not is_adapter(name):  # these start at random
             found.update(f"{name} {shape}".encode() + np.array(values).tobytes())
     return found.hexdigest()
 
