@@ -100,6 +100,27 @@ def test_a_rank_that_fails_fails_the_command(place, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_fails_on_another_rank_is_told(place, tmp_path):
+    """Two torn pictures in a batch, one for each rank, and one in the validation rows."""
+    rows = [{"image": f"{n}.png", "text": "red"} for n in range(4)]
+    torn = [{"image": str(tmp_path / f"törn-{n}.png"), "text": "red"} for n in range(4)]
+    for n in range(4):
+        (tmp_path / f"törn-{n}.png").write_bytes(b"\x89PNG torn")
+    for name, some in (("rows", [*rows, *torn[:3]]), ("val", [rows[0], torn[3], rows[1]])):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    flags = _flags(place, tmp_path / "out") | {"data": str(tmp_path / "rows.jsonl"), "epochs": 2}
+    flags |= {"val_data": str(tmp_path / "val.jsonl"), "batch_size": 4, "json": True}
+    done = on_two_ranks("pretrain", flags)
+    assert done.returncode == 0, done.stderr
+    failed = [name for name, _ in json.loads(done.stdout)["failed_pictures"]]
+    assert sorted(failed) == [row["image"] for row in torn]
+    lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    places = sorted(json.loads(line)["where"] for line in lines)
+    assert places == [*(f"rows.jsonl:{n}" for n in (5, 6, 7)), "val.jsonl:2"]
+
+
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on(place, tmp_path):
     flags = _flags(place, tmp_path / "cut") | {"iters": 6, "save_every": 3, "batch_size": 2}
     done = on_two_ranks("pretrain", flags)

@@ -157,7 +157,8 @@ class Feed:
 
     strict: a picture that fails ends the run, instead of costing its own rows. loss: how labels are
     weighed, as in `label_weight`. rank, ranks: the plan's batches are for all ranks, and this feed
-    gives one rank's share of each. failed: the pictures that did, and why; lost: their rows.
+    gives one rank's share of each. failed: the pictures that did, and why; lost: their rows, each a
+    source's number and a place in it.
     """
 
     samples: Sequence[Sample]
@@ -169,7 +170,7 @@ class Feed:
     rank: int = 0
     ranks: int = 1
     failed: dict[str, str] = field(default_factory=dict)
-    lost: dict[tuple[int, str], tuple[Sample, str]] = field(default_factory=dict)
+    lost: dict[tuple[int, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[Group] = group(self.samples, self.share_prefix)
@@ -229,7 +230,7 @@ class Feed:
             if self.strict:
                 raise
             self.failed[", ".join(rows[0].images)] = str(error)
-            self.lost |= {(row.source, row.where): (row, str(error)) for row in rows}
+            self.lost |= {(row.source, row.where): str(error) for row in rows}
             return False
         return True
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import ModelConfig, TilingConfig
 from ..errors import DataError, PictureError, UsageError, VLMError
@@ -168,18 +168,19 @@ def shelf_of(
 
 
 def write_skipped(
-    path: Path, read: Iterable[tuple[Gathered, Mapping[Any, tuple[Sample, str]]]]
+    path: Path, read: Iterable[tuple[Gathered, Mapping[tuple[int, str], str]]]
 ) -> None:
     """A line of JSON for each row that was left out: source, data, where, reason, kind.
 
-    read: what was gathered, and of it the rows whose pictures turned out to be unreadable, and why.
+    read: what was gathered, and of it what `Feed.lost` names: rows whose pictures turned out to be
+    unreadable.
     """
     rows = []
     for gathered, lost in read:
         rows += [(found.source, one) for found in gathered.each for one in found.skipped]
-        for sample, reason in lost.values():
-            one = Skipped(sample.where, reason, PictureError.default_kind)
-            rows.append((gathered.each[sample.source].source, one))
+        for (number, where), reason in lost.items():
+            one = Skipped(where, reason, PictureError.default_kind)
+            rows.append((gathered.each[number].source, one))
     with path.open("w", encoding="utf-8") as file:
         for source, one in rows:
             about = {"source": source.name, "data": source.data}

@@ -40,6 +40,17 @@ class Ranks:
         total = mx.distributed.all_sum(local, group=self.group).tolist()
         return dict(zip(names, total, strict=True))  # type: ignore[arg-type]
 
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in their order."""
+        if self.group is None:
+            return [text]
+        data = text.encode()
+        size = mx.distributed.all_gather(mx.array([len(data)]), group=self.group)
+        longest = max(size.tolist())  # type: ignore[type-var]
+        padded = mx.array(list(data.ljust(longest, b" ")), dtype=mx.uint8)
+        whole = bytes(mx.distributed.all_gather(padded, group=self.group).tolist())  # type: ignore[arg-type]
+        return [whole[at : at + longest].decode().rstrip() for at in range(0, len(whole), longest)]
+
     def sum_arrays(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """Sums over the ranks of arrays that every rank has under the same names."""
         if self.group is None:

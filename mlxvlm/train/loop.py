@@ -223,6 +223,7 @@ class Trainer:
                         self._checkpoint()
                     if stop and not last:
                         raise KeyboardInterrupt
+            self._gather_lost()
         finally:
             reading.close()
             metrics.close()
@@ -371,6 +372,15 @@ class Trainer:
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.best.stale
+
+    def _gather_lost(self) -> None:
+        """Pictures that failed on other ranks, and their rows, for the first one to tell of."""
+        for feed in [self.feed] if self.val is None else [self.feed, self.val]:
+            lost = [[*key, reason] for key, reason in feed.lost.items()]
+            for text in self.ranks.gather(json.dumps([feed.failed, lost])):
+                failed, rows = json.loads(text)
+                feed.failed.update(failed)
+                feed.lost.update({(number, where): reason for number, where, reason in rows})
 
     def _failed(self) -> dict[str, str]:
         """Pictures that could not be read, and why."""
