@@ -109,9 +109,11 @@ BAD = [
     ({"texts": ["a", None], "images": ["x", "y", "z"]}, r"1 places .* has 3 images"),
     ({"texts": [None], "images": ["x"]}, "must have text"),
     ({"content": []}, "not empty"),
-    ({"content": [PART]}, "1 place for images, but 0 images"),
-    ({"content": [{**PART, "image": 3}]}, "file name"),
+    ({"content": [text(""), {**PART, "image": "a"}]}, "must have text"),
+    ({"content": [PART, text("a")]}, "1 place for images, but 0 images"),
+    ({"content": [{**PART, "image": 3}, text("a")]}, "file name"),
     ({"text_list": ["a"], "image_info": [{"image_name": "x"}]}, "matched_text_index below 1"),
+    ({"text_list": ["a"], "image_info": 5}, "must be a list"),
 ]
 
 

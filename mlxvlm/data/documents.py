@@ -27,11 +27,14 @@ def is_document(raw: dict[str, Any], form: str) -> bool:
 def read_document(raw: dict[str, Any], form: str) -> tuple[Parts, list[str]]:
     """(parts, the images of those that bring none, in order). DataError."""
     if form == "content":
-        return _content(raw)
-    parts = _obelics(raw) if form == "texts" else _mmc4(raw)
-    if not any(part["type"] == "text" for part in parts):
+        parts, images = _content(raw)
+    else:
+        parts = _obelics(raw) if form == "texts" else _mmc4(raw)
+        images = [part.pop("image") for part in parts if part["type"] == "image"]
+    # A part of another kind is refused as messages' are.
+    if all(isinstance(part, dict) and not part.get("text") for part in parts):
         raise DataError("a document must have text; this one has none.")
-    return parts, [part.pop("image") for part in parts if part["type"] == "image"]
+    return parts, images
 
 
 def _content(raw: dict[str, Any]) -> tuple[Parts, list[str]]:
@@ -76,6 +79,8 @@ def _mmc4(raw: dict[str, Any]) -> Parts:
     texts, about = raw["text_list"], raw.get("image_info") or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError("'text_list' must be a list of strings.")
+    if not isinstance(about, list):
+        raise DataError("'image_info' must be a list.")
     placed: dict[int, list[str]] = {}
     for one in about:
         at = one.get("matched_text_index") if isinstance(one, dict) else None

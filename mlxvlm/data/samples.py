@@ -7,6 +7,7 @@ that cannot be used is left out with its reason instead of ending a run.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -228,7 +229,12 @@ def _sample(
     # A shared part of so few positions would meet the trap that `attention` describes.
     alone = end <= SHORT_QUERIES or prompt.supervised[:end].any()
     raw = row.record.targets or {}
-    found = {name: [_target(each, prompt, words) for each in raw.get(name, [])] for name in targets}
+    found: dict[str, list[Target]] = {}
+    for name in targets:
+        each = raw.get(name, [])
+        if not isinstance(each, list):
+            raise DataError(f"targets {name!r} must be a list, not {each!r:.60}.", kind="target")
+        found[name] = [_target(one, prompt, words) for one in each]
     return Sample(
         tokens=prompt.tokens,
         supervised=prompt.supervised,
@@ -262,10 +268,13 @@ def _target(raw: dict[str, Any], prompt: Prompt, words: _Words) -> Target:
                 raise DataError(f"target {raw} points at no token of its turn.", kind="target")
             position = int(hits[-1])
         named = raw["words"]
-        masses = dict.fromkeys(named, 1.0) if isinstance(named, list) else named
-    except (KeyError, IndexError, TypeError) as error:
+        masses = dict.fromkeys(named, 1.0) if isinstance(named, list) else dict(named)
+        total = sum(masses.values())
+        good = all(mass >= 0 for mass in masses.values()) and 0 < total < math.inf
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(f"target {raw} lacks or misstates {error}.", kind="target") from None
-    total = sum(masses.values())
+    if not good:
+        raise DataError(f"target {raw} must give its words masses from 0 up.", kind="target")
     return Target(
         position,
         np.array([words[word] for word in masses], dtype=np.int32),
