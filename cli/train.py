@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from mlxvlm.cli.launch import is_launched, launch, leave_mark
 from mlxvlm.cli.progress import Progress, say
-from mlxvlm.train.stages import STAGES, TrainConfig, flag_name, stage_config
+from mlxvlm.errors import UsageError
+from mlxvlm.train.stages import STAGES, TrainConfig, flag_name, refuse_idle, stage_config
 
 SHORT = {"model": "-m"}
 KINDS = {"str": str, "int": int, "float": float, "bool": bool}
@@ -29,6 +31,13 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     recipe, as_json = flags.pop("config"), flags.pop("as_json")
     ranks, hostfile = flags.pop("ranks"), flags.pop("hostfile") or ""
     config = stage_config(stage, flags, recipe)
+    refuse_idle(stage, flags, config)
+    if ranks < 1:
+        raise UsageError(f"--ranks (={ranks}) must be at least 1.")
+    if hostfile and ranks > 1:
+        raise UsageError("--ranks and --hostfile do not go together; the file names the ranks.")
+    if hostfile and not Path(hostfile).is_file():
+        raise UsageError(f"--hostfile {hostfile} does not exist.")
     if (ranks > 1 or hostfile) and not is_launched():
         others = flags | {"config": recipe, "json": as_json}
         launch([stage, *arguments(others)], ranks, hostfile)
@@ -55,6 +64,11 @@ def train(stage: str, flags: dict[str, Any]) -> None:
     if sum(summary["skipped_steps"].values()):
         counts = ", ".join(f"{n} {why}" for why, n in summary["skipped_steps"].items() if n)
         say(f"Steps skipped: {counts}.")
+    if trainer.step < trainer.steps:
+        say(
+            f"Stopped at step {trainer.step:,} of {trainer.steps:,} by --patience: validations in "
+            f"a row without a new best: {trainer.best.stale:,}."
+        )
     if summary["best"]:
         say(
             "The result is that of step {step:,}, validation loss {val_loss:.4f}.".format(
@@ -73,7 +87,11 @@ def command(stage: str) -> Any:
         train(stage, flags)
 
     parameters = [
-        parameter("config", str, "Recipe (TOML) with the same names as the flags; flags win."),
+        parameter(
+            "config",
+            str,
+            "Recipe (TOML): the flags' names, and [[sources]] to mix data; flags win.",
+        ),
         *flags_of(stage),
         parameter("ranks", int, "Processes on this machine that share the work.", None, 1),
         parameter("hostfile", str, "Or: Macs that do, as mlx.launch's --hostfile names them."),

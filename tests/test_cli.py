@@ -49,6 +49,41 @@ def test_wrong_usage_is_2(args):
     assert done.stdout == "" and args[0] in done.stderr
 
 
+IDLE = [
+    ("sft --dora", "--dora is of adapters"),
+    ("sft --lora-rank 4", "--lora-rank is of adapters"),
+    ("pretrain --vision-learning-rate 1e-5", "--vision-learning-rate is of the vision tower"),
+    ("lora --train lora:lm --projector-learning-rate 1", "--projector-learning-rate is of the"),
+    ("sft --batching buckets --pack-length 9", "--pack-length is of packed lines"),
+    ("lora --train projector,lm", "lora trains adapters, and --train projector,lm names none"),
+    ("sft --ranks 0", "--ranks (=0) must be at least 1"),
+    ("sft --hostfile nowhere.json", "--hostfile nowhere.json does not exist"),
+    ("sft --ranks 2 --hostfile nowhere.json", "--ranks and --hostfile do not go together"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), IDLE)
+def test_a_flag_that_a_run_would_not_heed_is_refused(words, says):
+    command = [*words.split(), "-m", "a", "--data", "b.json", "--out", "c"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and says in done.output
+
+
+def test_a_recipe_may_say_what_another_stage_heeds(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "a"\ndata = "b.json"\nout = "c"\nlora_rank = 4\n')
+    done = CliRunner().invoke(app, ["sft", "--config", str(recipe)])
+    assert done.exit_code == 1 and "adapters" not in done.output
+
+
+@pytest.mark.parametrize("rows", ['[[data]]\ndata = "x"\n[[data]]\ndata = "y"\n', "data = [1]\n"])
+def test_sources_under_another_name_are_refused(tmp_path, rows):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "a"\nout = "c"\n' + rows)
+    done = CliRunner().invoke(app, ["lora", "--config", str(recipe)])
+    assert done.exit_code == 2 and "tables: [[sources]]" in done.output
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "mlxvlm")
 def test_every_command_explains_itself(path):
     result = CliRunner().invoke(app, [*path, "--help"])

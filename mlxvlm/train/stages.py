@@ -49,6 +49,7 @@ LEAST = {
     "lora_rank": 1,
     "steps_per_report": 1,
     "iters": 0,
+    "seed": 0,
     "keep": 0,
     "save_every": 0,
     "steps_per_eval": 0,
@@ -66,6 +67,16 @@ LEAST = {
     "patience": 0,
     "lora_alpha": 0,
 }
+
+ADAPTER_FLAGS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_layers",
+    "lora_keys",
+    "rslora",
+    "dora",
+)
 
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
 STAGES: dict[str, dict[str, Any]] = {
@@ -213,6 +224,9 @@ class TrainConfig:
             raise UsageError("--optimizer adam has no --weight-decay; adamw is Adam with it.")
         if self.batching not in BATCHING:
             raise UsageError(f"--batching (={self.batching!r}) must be in {', '.join(BATCHING)}.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isinf(value):
+                raise UsageError(f"{flag_name(name)} (={value}) must be finite.")
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:
                 rule = f"must be at least {least}"
@@ -307,6 +321,33 @@ def stage_config(
         raise UsageError(str(error)) from None
 
 
+def refuse_idle(stage: str, flags: dict[str, Any], config: TrainConfig) -> None:
+    """UsageError, where a flag was given that this run would not heed.
+
+    A recipe may say more than one stage heeds: it can serve several.
+    """
+    parts = set(config.parts)
+    adapts = bool({"lora:lm", "lora:vision"} & parts)
+    if stage == "lora" and not adapts:
+        raise UsageError(
+            f"lora trains adapters, and --train {config.train} names none: add lora:lm or "
+            "lora:vision, or train these parts with sft."
+        )
+    given = [name for name, value in flags.items() if value not in (None, False)]
+    for name in given:
+        if name in ADAPTER_FLAGS and not adapts:
+            heeded = "is of adapters: name lora:lm or lora:vision in --train"
+        elif name == "vision_learning_rate" and not config.trains_vision:
+            heeded = "is of the vision tower: name vision or lora:vision in --train"
+        elif name == "projector_learning_rate" and "projector" not in parts:
+            heeded = "is of the projector: name projector in --train"
+        elif name in ("pack_length", "pack_views") and config.batching == "buckets":
+            heeded = "is of packed lines: give --batching pack, internvl or auto"
+        else:
+            continue
+        raise UsageError(f"{flag_name(name)} {heeded}, or leave it out.")
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe.toml as keyword arguments of TrainConfig; relative paths start at its folder."""
     path = Path(path)
@@ -327,6 +368,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             name: read_dataclass(AuxiliaryTarget, value, f"targets.{name}")
             for name, value in raw["targets"].items()
         }
+    data = raw.get("data", "")
+    if not all(isinstance(one, str) for one in (data if isinstance(data, list) else [data])):
+        raise UsageError(
+            f"data in recipe {path} must be a text or a list of texts; sources with options of "
+            "their own are tables: [[sources]]."
+        )
     tables = raw.get("sources", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"sources in recipe {path} must be tables: [[sources]].")
