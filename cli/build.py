@@ -28,14 +28,14 @@ def build(
         int, typer.Option(min=0, help="Width of the projector; 0 is its default.")
     ] = 0,
     projector_layers: Annotated[
-        int, typer.Option(min=1, help="Self-attention blocks of the projector.")
-    ] = 2,
+        int | None, typer.Option(min=1, help="Self-attention blocks of the projector. [2]")
+    ] = None,
     projector_heads: Annotated[
-        int, typer.Option(min=0, help="Attention heads of the projector; 0 is width / 64.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Attention heads of its blocks. [0: width / 64]")
+    ] = None,
     num_positions: Annotated[
-        int, typer.Option(min=0, help="Learned positions in the projector; 0 is none.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Learned positions before its blocks. [0: none]")
+    ] = None,
     resize: Annotated[
         Literal["squash", "crop", "pad"] | None,
         typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
@@ -96,6 +96,17 @@ def build(
     fields: dict[str, Any] = {name: given for name, given in limits.items() if given is not None}
     if fields and tiling != "dynamic":
         raise UsageError("--max-tiles, --min-tiles and --thumbnail belong to --tiling dynamic.")
+    blocks = {
+        "num_layers": projector_layers,
+        "num_attention_heads": projector_heads,
+        "num_positions": num_positions,
+    }
+    blocks = {name: given for name, given in blocks.items() if given is not None}
+    if blocks and projector != "attention":
+        raise UsageError(
+            "--projector-layers, --projector-heads and --num-positions belong to "
+            "--projector attention."
+        )
     if tiling:
         fields["type"] = tiling
     if tiling == "dynamic":
@@ -105,14 +116,7 @@ def build(
     vlm = join(
         vision,
         language,
-        ProjectorConfig(
-            type=projector,
-            pool=pool,
-            hidden_size=projector_width,
-            num_layers=projector_layers,
-            num_attention_heads=projector_heads,
-            num_positions=num_positions,
-        ),
+        ProjectorConfig(type=projector, pool=pool, hidden_size=projector_width, **blocks),
         tiling=fields,
         feature_layer=feature_layer,
         feature_norm=feature_norm,

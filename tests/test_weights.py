@@ -18,7 +18,7 @@ from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 import mlxvlm
 from mlxvlm import Picture
 from mlxvlm.config import VisionConfig
-from mlxvlm.errors import ConfigError, UsageError, VLMError, WeightsError
+from mlxvlm.errors import ConfigError, PromptError, UsageError, VLMError, WeightsError
 from mlxvlm.score import score
 from mlxvlm.weights.check import check, grouped
 from mlxvlm.weights.families.towers import CLIP_MEAN, CLIP_STD, preprocessing
@@ -607,6 +607,11 @@ def test_build_command(tmp_path: Path) -> None:
     assert vlm.config.projector.num_positions == 9 and vlm.config.about == "Hello."
     with pytest.raises(UsageError, match="holds a model already"):
         run(build, *parts, *shape, "--out", out)
+    with pytest.raises(UsageError, match="belong to --projector attention"):
+        run(build, *parts, *shape, "--projector", "mlp", "--out", tmp_path / "mlp")
+    with pytest.raises(PromptError, match="control tokens that this tokenizer lacks: </s>"):
+        run(build, *parts, "--layout", "vicuna_v1", "--out", tmp_path / "vicuna")
+    assert not (tmp_path / "vicuna").exists()
 
 
 def test_score_command(tmp_path: Path) -> None:

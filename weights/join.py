@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
 from mlxvlm.errors import ConfigError, UsageError, WeightsError
+from mlxvlm.prompts import render
 from mlxvlm.weights.families import llama
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
@@ -78,6 +79,9 @@ def join(
         about=about,
     )
     config.prompt.image_token_id = image_token_id(tokenizer, raw)
+    # A layout that the tokenizer cannot write is refused now, not by the first chat.
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    render([question], [1], tokenizer, config.prompt, add_generation_prompt=True)
     randomness: Any = mx.random.state
     state = mx.array(randomness[0])
     mx.random.seed(seed)
