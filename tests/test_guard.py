@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from test_train import ROWS, _flags, losses, place, same, train  # noqa: F401
+from typer.testing import CliRunner
 
+from mlxvlm.cli.main import app
+from mlxvlm.cli.train import arguments
 from mlxvlm.data.samples import Sample
 from mlxvlm.data.split import split
 from mlxvlm.errors import DataError, UsageError, VLMError
@@ -198,6 +201,22 @@ def test_patience_ends_a_run_early(place, tmp_path):
     assert trainer.step == trainer.best.step + 2 < 60
     again = train(place, "sft", tmp_path, **flags, resume=True)
     assert again.step == trainer.step and same(again.vlm, trainer.vlm)
+    words = arguments(_flags(place, tmp_path) | flags | {"resume": True})
+    done = CliRunner().invoke(app, ["sft", *words])
+    assert done.exit_code == 0, done.output
+    assert f"Stopped at step {trainer.step} of 60 by --patience" in done.output
+
+
+def test_a_caption_is_asked_for_by_its_picture(place, tmp_path):
+    data = tmp_path / "captions.jsonl"
+    rows = [{"image": f"{number}.png", "text": "it is red"} for number in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = _flags(place, tmp_path / "out") | {"data": str(data), "val_data": str(data)}
+    flags |= {"iters": 1, "val_samples": 2}
+    seen = []
+    Trainer(stage_config("pretrain", flags), lambda *told: seen.append(told)).run()
+    asked = [values["question"] for kind, values in seen if kind == "sample"]
+    assert len(asked) == 2 and set(asked) < {f"{number}.png" for number in range(4)}
 
 
 def test_patience_and_split_say_what_they_need(place, tmp_path):

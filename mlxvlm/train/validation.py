@@ -52,8 +52,9 @@ class Best:
 def sample_answers(vlm: VLM, feed: Feed, count: int, projected: bool) -> list[dict[str, Any]]:
     """Greedy answers to the first question of `count` rows, the same ones at every call.
 
-    Each is {"question", "answer", "wanted"}: the last text before the answer, what the model says,
-    what the row has; a document that begins with text asks nothing. projected: as for `batch_loss`.
+    Each is {"question", "answer", "wanted"}: the last text before the answer, or the pictures'
+    names where they stand alone; what the model says; what the row has. A document that begins with
+    text asks nothing. projected: as for `batch_loss`.
     """
     places = np.linspace(0, len(feed.groups), count, endpoint=False).astype(int)
     found = []
@@ -92,7 +93,7 @@ def _answer(
         vocab_size=tokenizer.vocab_size,
     )
     return {
-        "question": _question(tokenizer, prompt, image),
+        "question": _question(tokenizer, prompt, image) or ", ".join(sample.images),
         "answer": tokenizer.decode(list(ids)).strip(),
         "wanted": tokenizer.decode(wanted.tolist()).strip(),
     }
@@ -106,4 +107,5 @@ def _question(tokenizer: Tokenizer, prompt: np.ndarray, image: int) -> str:
     texts = [text for text in texts if text]
     if len(texts) > 1 and texts[-1] == "assistant":
         texts.pop()
-    return texts[-1] if texts else ""
+    # The header of a turn without text, as a caption's is.
+    return texts[-1] if texts and texts[-1] != "user" else ""
