@@ -81,6 +81,14 @@ def plan(rows, **want) -> Plan:
     return Plan(group(rows, 0), Batching(**settings))
 
 
+@pytest.mark.parametrize("kind", ["auto", "pack", "internvl"])
+def test_lines_with_room_for_no_row_leave_whole_buckets(kind):
+    rows = make_rows(40)
+    found = plan(rows, kind=kind, pack_length=12)
+    assert found.decision.kind == "buckets" and "have room for no row" in found.decision.why
+    assert found.epoch(1) == plan(rows, kind="buckets").epoch(1)
+
+
 @pytest.mark.parametrize("kind", ["buckets", "pack", "internvl"])
 @pytest.mark.parametrize("by_modality", [False, True])
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(kind, by_modality):

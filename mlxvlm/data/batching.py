@@ -158,6 +158,10 @@ class Plan:
         # In `auto` a micro-batch keeps its size: packing is to change the padding, not the step.
         budget = want.batch_size * mean if auto else longest
         length = _line_length(rows, want, kind, longest, budget)
+        if want.pack_length and min(rows.lengths) > length:
+            shortest = f"the shortest has {min(rows.lengths)} tokens"
+            self.decision.why = f"lines of {length} have room for no row: {shortest}."
+            return
         lines = max(1, round(budget / length)) if auto else want.batch_size
         packs = partial(_packs, rows, want, kind, lines, length)
         made = packs(0)
