@@ -216,8 +216,8 @@ def test_a_run_goes_on_with_its_own_model_and_rows_only(place, tmp_path):
     (tmp_path / "rows.jsonl").write_text(rows)
     with pytest.raises(ConfigError, match="rows"):
         train(place, "pretrain", tmp_path / "run", **again, data=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(ConfigError, match="steps"):
-        train(place, "pretrain", tmp_path / "run", **again | {"iters": 5})
+    with pytest.raises(ConfigError, match="but batch_size was 3, now 2; iters was 4, now 5. Use"):
+        train(place, "pretrain", tmp_path / "run", **again | {"iters": 5, "batch_size": 2})
     train(place, "pretrain", tmp_path / "run", **again)
 
 
@@ -401,6 +401,9 @@ WRONG = [
     ({"epochs": 0.0}, "--epochs .* above 0"),
     ({"lora_rank": 0}, "--lora-rank"),
     ({"learning_rate": 0.0}, "--learning-rate .* above 0"),
+    ({"learning_rate": float("inf")}, "--learning-rate .* must be finite"),
+    ({"epochs": float("inf")}, "--epochs .* must be finite"),
+    ({"seed": -3}, "--seed .* must be at least 0"),
     ({"hold": 1.5}, "0 to 1"),
     ({"out": ""}, "--out is missing"),
     ({"grad_checkpoint": True, "share_prefix": 2}, "drop one"),

@@ -85,6 +85,11 @@ def steps(out: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (out / FOLDER).glob("step-*"))
 
 
+# Entries of a fingerprint that other entries, or the data, decide.
+DERIVED = ("rows", "steps")
+DIGESTS = ("rows", "model's tensors")
+
+
 def load(
     out: Path, optimizer: Optimizer, fingerprint: dict[str, Any]
 ) -> tuple[int, dict[str, mx.array], dict[str, Any]]:
@@ -96,10 +101,15 @@ def load(
     state = read_json(folder / "state.json")
     before, now = state["run"], json.loads(json.dumps(fingerprint))
     if changed := sorted(k for k in before | now if before.get(k) != now.get(k)):
-        name = changed[0]
+        # What follows from others is told only where no other differs.
+        told = [k for k in changed if k not in DERIVED] or changed
+        values = "; ".join(
+            f"its {k} differ" if k in DIGESTS else f"{k} was {before.get(k)!r}, now {now.get(k)!r}"
+            for k in told
+        )
         raise ConfigError(
-            f"--resume must go on with the same run, but {', '.join(changed)} differ: {name} was "
-            f"{before.get(name)!r}, now {now.get(name)!r}. Use the old values or another --out."
+            f"--resume must go on with the same run, but {values}. Use the old values or another "
+            "--out."
         )
     weights = mx.load(str(folder / "weights.safetensors"))
     arrays = mx.load(str(folder / "optimizer.safetensors"))
