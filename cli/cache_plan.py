@@ -74,6 +74,12 @@ def _time(plan: Plan) -> str:
     if plan.seconds is None or plan.encode_rate is None or plan.read_rate is None:
         return "too few pictures to tell"
     return (
-        f"{duration(plan.seconds)} ({plan.encode_rate:.2g} pictures/s encoded, "
-        f"{plan.read_rate:.2g} read)"
+        f"{duration(plan.seconds)} ({_rate(plan.encode_rate)} pictures/s encoded, "
+        f"{_rate(plan.read_rate)} read)"
     )
+
+
+def _rate(rate: float) -> str:
+    """Two digits, and no exponent: 0.53, 6.7, 380, 12,000."""
+    rounded = float(f"{rate:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"

@@ -12,6 +12,7 @@ import typer
 from mlxvlm.cli.progress import list_skipped, say
 from mlxvlm.data.mixture import FILTERS
 from mlxvlm.data.response_formats import FORMATS
+from mlxvlm.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.data.check import Report
@@ -21,6 +22,8 @@ app = typer.Typer(help="Look at training data before a run.", no_args_is_help=Tr
 FAILED = 1
 GREEN, GREY, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 BAR = 40
+# Characters of one stretch of a sample that are shown; --json has them all.
+SHOWN = 1000
 
 
 @app.callback()
@@ -52,7 +55,11 @@ def check(
         typer.Option("--cache", help="Look pictures up in this cache, instead of opening them."),
     ] = None,
     max_seq_length: Annotated[
-        int | None, typer.Option("--max-seq-length", help="As in training (default: 2048).")
+        int | None,
+        typer.Option(
+            "--max-seq-length",
+            help="As in training. Default: 2048 with -m or --config; without, no row is too long.",
+        ),
     ] = None,
     filter: Annotated[
         str | None,
@@ -94,6 +101,8 @@ def check(
     from mlxvlm.train.stages import stage_config
     from mlxvlm.weights.load import load_prompting
 
+    if not data and not config:
+        raise UsageError("DATA is missing: name rows, or a recipe with --config.")
     given = {
         "model": model or (None if config else str(demo())),
         "data": data or None,
@@ -200,12 +209,20 @@ def _shown(spans: list[tuple[str, bool]]) -> str:
     colour = sys.stdout.isatty()
     text = ""
     for span, learnt in spans:
-        safe = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in span)
+        safe = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in _short(span))
         if learnt:
             text += f"{GREEN}{safe}{PLAIN}" if colour else f"{{+{safe}+}}"
         else:
             text += f"{GREY}{safe}{PLAIN}" if colour else safe
     return text
+
+
+def _short(text: str) -> str:
+    """A text whose middle is left out where it is long."""
+    if len(text) <= SHOWN:
+        return text
+    ends = text[: SHOWN // 2], text[-SHOWN // 2 :]
+    return f" [... {len(text) - SHOWN:,} characters ...] ".join(ends)
 
 
 class _Line:

@@ -122,7 +122,8 @@ def test_rows_of_tars(shards):
         "sub/part-001.tar/0.right.png",
     ]
     assert isinstance(rows["part-001.tar/1"], DataError)
-    assert "no text" in str(rows["part-000.tar/" + "a" * 150 + "/" + "b" * 120])
+    bare = str(rows["part-000.tar/" + "a" * 150 + "/" + "b" * 120])
+    assert "no text beside the picture; rows have it under one of 'messages'" in bare
 
 
 def test_a_cache_from_tars_serves_rows_without_them(tmp_path, shards):

@@ -813,6 +813,8 @@ def test_rows_name_the_pictures(tmp_path, pictures):
     with pytest.raises(DataError, match="--images must name a folder"):
         picture_sources(data, tmp_path / "nowhere")
     (data / "train.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(DataError, match=f"^{data} names no pictures"):
+        picture_sources([data], root)
     with pytest.raises(DataError, match="names no pictures"):
         picture_sources(data)
 

@@ -1,6 +1,7 @@
 """`mlxvlm data check` finds what training finds; and sources of every sort train together."""
 
 import json
+import re
 import threading
 from dataclasses import replace
 from functools import partial
@@ -200,7 +201,22 @@ def test_the_command(place):
     assert result.exit_code == 0 and "the small model" in result.stdout
     assert "one 24, several 0, none 10" in result.stdout
     assert run(place / "no.jsonl").exit_code == 1
-    assert run().exit_code == 2
+    result = run()
+    assert result.exit_code == 2 and "DATA is missing" in result.output
+
+
+def test_of_a_long_row_the_ends_are_shown(place, tmp_path):
+    turns = [
+        {"role": "user", "content": "say"},
+        {"role": "assistant", "content": "first " + "long " * 3000 + "last"},
+    ]
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    shown = run(data).stdout
+    assert "{+first long" in shown and "long last" in shown
+    assert re.search(r" \[\.\.\. 14,0\d\d characters \.\.\.\] ", shown) and len(shown) < 3000
+    (whole,) = json.loads(run(data, "--json").stdout)["samples"]
+    assert sum(len(text) for text, _ in whole["spans"]) > 15000
 
 
 def test_a_recipe_is_checked_with_its_sources(place, tmp_path):

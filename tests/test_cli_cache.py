@@ -24,6 +24,7 @@ from mlxvlm.cache.writer import write_cache
 from mlxvlm.cli import cache as cache_command
 from mlxvlm.cli.boundary import Boundary
 from mlxvlm.cli.cache_embeddings import ProgressLine, cache_embeddings
+from mlxvlm.cli.cache_plan import _rate
 from mlxvlm.weights.save import save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,16 @@ def test_another_encoder_or_codec_is_refused(tmp_path, model):
     assert command(*words, "--codec", "int3").exit_code == 2
 
 
+def test_rates_have_two_digits_and_no_exponent():
+    assert [_rate(x) for x in (0.531, 6.66, 9.99, 384.2, 12_345)] == [
+        "0.53",
+        "6.7",
+        "10",
+        "380",
+        "12,000",
+    ]
+
+
 def test_a_plan_says_what_it_takes_and_writes_nothing(tmp_path, model):
     draw(tmp_path / "pictures", 30)
     words = ["cache-embeddings", tmp_path / "pictures", "--out", tmp_path / "a" / "cache"]
@@ -111,7 +122,7 @@ def test_a_plan_says_what_it_takes_and_writes_nothing(tmp_path, model):
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "a").exists()
     assert re.search(r"pictures +30\n", done.stdout) and re.search(r"views +30\n", done.stdout)
-    assert re.search(r"time +\d+ s \([\d.e+]+ pictures/s encoded", done.stdout)
+    assert re.search(r"time +(under )?\d+ s \([\d.,]+ pictures/s encoded, [\d.,]+ read\)", done.stdout)
     assert re.search(r"--codec .*--pool none, \d+ tokens .*--pool mean2, \d+ tokens", done.stdout)
     assert re.search(r"int8 +[\d.]+ kB < ", done.stdout) and "float32" in done.stdout
     plan = json.loads(command(*words, "--plan", "--json").stdout)

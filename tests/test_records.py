@@ -123,7 +123,7 @@ BAD = [
     ({"image": "a", "images": ["b"], "text": "x"}, "not both"),
     ({"image": 3, "text": "x"}, "'image' must be a file name"),
     ({"images": ["a", ""], "text": "x"}, "'images' must be a file name"),
-    ({"text": "x"}, "needs an image"),
+    ({"text": "x"}, "needs a picture under 'image'"),
     ({"image": "a", "text": " "}, "not empty"),
     ({"image": "a", "text": ["x"]}, "caption"),
     ({"messages": "x"}, "'messages' must be a list"),

@@ -53,7 +53,8 @@ def picture_sources(
                 more.setdefault(key, Named(named.name, first.origin, named.among))
     if not found:
         reason = f" ({len(bad):,} rows are bad; {bad[0][0]}: {bad[0][1]})" if bad else ""
-        raise DataError(f"{data} names no pictures{reason}: there is nothing to cache.")
+        names = ", ".join(map(str, data)) if isinstance(data, list) else data
+        raise DataError(f"{names} names no pictures{reason}: there is nothing to cache.")
     return [*found.values(), *more.values()], bad
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import DataError
 from .origins import Origin
+from .records import FORMS
 
 ARCHIVE_SUFFIXES = (".tar", ".parquet")
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -78,6 +79,13 @@ def pictures_of(archive: Path) -> dict[str, Origin]:
     return found
 
 
+def _without_text(entry: Entry) -> DataError:
+    known = ", ".join(map(repr, (*FORMS, "caption")))
+    return DataError(
+        f"{entry.where}: there is no text beside the picture; rows have it under one of {known}."
+    )
+
+
 def read_archive_rows(
     root: Path, archives: list[Path]
 ) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -88,7 +96,7 @@ def read_archive_rows(
             if isinstance(entry.row, DataError):
                 yield entry.where, entry.row
             elif entry.row is None:
-                yield entry.where, DataError(f"{entry.where}: there is no text beside the picture.")
+                yield entry.where, _without_text(entry)
             else:
                 yield entry.where, with_pictures(entry, prefix)
 

@@ -115,7 +115,11 @@ def _caption(text: Any, images: list[str]) -> list[dict[str, Any]]:
     if not isinstance(text, str) or not text.strip():
         raise DataError("'text' must be a caption, and not empty.")
     if not images:
-        raise DataError("a caption needs an image; this row has none.", kind="number of images")
+        raise DataError(
+            "a caption needs a picture under 'image' or 'images', and this row has none; text "
+            "alone goes in 'messages'.",
+            kind="number of images",
+        )
     return [
         {"role": "user", "content": [{"type": "image"} for _ in images]},
         {"role": "assistant", "content": text},
