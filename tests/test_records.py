@@ -1,6 +1,7 @@
 """Rows of data in every form, and the files they come in."""
 
 import json
+import random
 
 import pytest
 
@@ -278,3 +279,35 @@ def test_pictures_of_a_folder(tmp_path):
     (tmp_path / "g.png").mkdir()
     found = [str(path.relative_to(tmp_path)) for path in list_pictures(tmp_path)]
     assert found == ["a.png", "b.JPG", "f.tif", "sub/c.webp"]
+
+
+ODD = [None, "", "a", "<image>", 0, -1, True, 3.5, [], {}, ["a"], [None], {"bytes": "x"}, "\ud800"]
+FORMS = [
+    {"image": "a", "messages": turns("q", "x")},
+    {"image": "a", "conversations": chat("q", "x")},
+    {"image": "a", "text": "c"},
+    {"image": "a", "prompt": "p", "completion": "c"},
+    {"prompt": turns("q"), "completion": turns("q", "x")[1:]},
+    {"images": ["a"], "texts": [{"user": "q", "assistant": "b"}]},
+    {"images": ["a", None], "texts": [None, "t"]},
+    {"content": [{**PART, "image": "a"}, text("b")]},
+    {"text_list": ["a", "b"], "image_info": [{"image_name": "x", "matched_text_index": 1}]},
+]
+
+
+def test_whatever_a_row_holds_it_is_a_record_or_a_data_error():
+    rng, seen = random.Random(0), set()
+
+    def changed(value):
+        if rng.random() < 0.2:
+            return rng.choice(ODD)
+        if isinstance(value, dict):
+            return {key: changed(inner) for key, inner in value.items()}
+        return [changed(inner) for inner in value] if isinstance(value, list) else value
+
+    for number in range(4000):
+        try:
+            seen.add(type(parse_record(changed(FORMS[number % len(FORMS)]), "x")))
+        except DataError:
+            seen.add(DataError)
+    assert seen == {Record, DataError}

@@ -100,7 +100,7 @@ def _mmc4(raw: dict[str, Any]) -> Parts:
 
 def _names(raw: dict[str, Any]) -> list[str]:
     value = raw.get("images") if raw.get("images") is not None else raw.get("image")
-    images = [] if value is None else [value] if isinstance(value, str) else value
+    images = [] if value is None else value if isinstance(value, list) else [value]
     return [_name(name) for name in images]
 
 

@@ -169,7 +169,7 @@ def _conversations(rows: Any) -> list[dict[str, Any]]:
     for at, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("value"), str) or "from" not in row:
             raise DataError(f"turn {at} must be an object with 'from' and a string 'value'.")
-        if row["from"] not in ROLES:
+        if not isinstance(row["from"], str) or row["from"] not in ROLES:
             raise DataError(
                 f"turn {at} is from {row['from']!r}; it must be one of {', '.join(ROLES)}."
             )
