@@ -119,7 +119,7 @@ def test_it_never_disagrees_with_training(place, tmp_path, flags):
     trainer = Trainer(config)
     summary = trainer.run()
     report = checked(config)
-    assert report.gathered.skipped == trainer.gathered.skipped
+    assert report.gathered.skipped == trainer.read[0][0].skipped
     feed = Feed(report.gathered.samples, report.gathered.pictures, Batching(config.batch_size))
     assert feed.digest() == trainer.feed.digest()
     assert sorted(report.seen.bad) == sorted(summary["failed_pictures"])
@@ -328,7 +328,7 @@ def test_url_pictures_are_fetched_only_if_asked(place, tmp_path, monkeypatch):
     ]
     with pytest.raises(DataError, match="4 rows are bad.*--allow-urls"):
         picture_sources(tmp_path / "web.jsonl")
-    (left,) = trainer.gathered.skipped
+    (left,) = trainer.read[0][0].skipped
     assert left.where == "web.jsonl:4" and left.kind == "picture" and "404" in left.reason
     assert len(set(asked)) == len([path for path in asked if "9.png" not in path]) + 1 == 3
     Trainer(replace(config, allow_urls=True, iters=2, out=str(tmp_path / "again")))  # off line now

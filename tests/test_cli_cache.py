@@ -122,7 +122,9 @@ def test_a_plan_says_what_it_takes_and_writes_nothing(tmp_path, model):
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "a").exists()
     assert re.search(r"pictures +30\n", done.stdout) and re.search(r"views +30\n", done.stdout)
-    assert re.search(r"time +(under )?\d+ s \([\d.,]+ pictures/s encoded, [\d.,]+ read\)", done.stdout)
+    assert re.search(
+        r"time +(under )?\d+ s \([\d.,]+ pictures/s encoded, [\d.,]+ read\)", done.stdout
+    )
     assert re.search(r"--codec .*--pool none, \d+ tokens .*--pool mean2, \d+ tokens", done.stdout)
     assert re.search(r"int8 +[\d.]+ kB < ", done.stdout) and "float32" in done.stdout
     plan = json.loads(command(*words, "--plan", "--json").stdout)
