@@ -311,3 +311,17 @@ def test_whatever_a_row_holds_it_is_a_record_or_a_data_error():
         except DataError:
             seen.add(DataError)
     assert seen == {Record, DataError}
+
+
+def test_rows_of_an_imagefolder():
+    """metadata.jsonl as Hugging Face datasets has it."""
+    wanted = parse_record({"image": "a.jpg", "text": "A cat."}, "x")
+    for row in (
+        {"file_name": "a.jpg", "text": "A cat."},
+        {"file_name": "a.jpg", "caption": "A cat."},
+        {"image": "a.jpg", "caption": "A cat.", "file_name": "elsewhere.jpg"},
+    ):
+        assert parse_record(row, "x") == wanted
+    # What a row is made of elsewhere is not its caption too.
+    both = {"image": "a.jpg", "caption": "A cat.", "text": "A dog."}
+    assert parse_record(both, "x").messages[1]["content"] == "A dog."

@@ -42,7 +42,8 @@ def parse_record(raw: Any, where: str) -> Record:
 
         {"image": "a.jpg" | "images": [...], "messages": [{"role", "content"}]}
         {"image": ..., "conversations": [{"from": "human" | "gpt", "value"}]}      LLaVA
-        {"image": ..., "text": "a caption"}
+        {"image": ..., "text" | "caption": "a caption"}
+        {"file_name": "a.jpg", "text" | "caption": "a caption"}      Hugging Face's imagefolder
         {"image": ..., "prompt": "...", "completion": "..."}         strings, or TRL's messages
         {"images": ..., "texts": [{"user", "assistant"}]}            The Cauldron
         {"content": [{"type": "image" | "text", ...}]}               a document: text, images in it
@@ -65,6 +66,8 @@ def _parse(raw: Any) -> Record:
     if not isinstance(raw, dict):
         raise DataError(f"a row must be a JSON object, not a {type(raw).__name__}.")
     forms = [form for form in FORMS if raw.get(form) is not None]
+    if not forms and raw.get("caption") is not None:
+        raw, forms = raw | {"text": raw["caption"]}, ["text"]
     if len(forms) != 1:
         raise DataError(
             f"a row must have exactly one of {', '.join(map(repr, FORMS[:-1]))} and "
@@ -104,6 +107,8 @@ def _images(raw: dict[str, Any]) -> list[str]:
     given = [key for key in ("image", "images") if raw.get(key) is not None]
     if len(given) == 2:
         raise DataError("a row must have 'image' or 'images', not both.")
+    if not given and raw.get("file_name") is not None:
+        given = ["file_name"]
     value = raw[given[0]] if given else []
     images = [value] if isinstance(value, str) else value
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
