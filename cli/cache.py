@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mlxvlm.amount import amount
-from mlxvlm.cli.progress import list_skipped, say
+from mlxvlm.cli.progress import LiveLine, list_skipped, say
 
 app = typer.Typer(help="Look after an embedding cache.", no_args_is_help=True)
 
@@ -220,17 +219,8 @@ def prune(
 @contextmanager
 def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Progress on one line of a terminal, and none elsewhere."""
-    shown = False
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        if sys.stderr.isatty():
-            shown = True
-            sys.stderr.write(f"\r{done:,}/{total:,} {what}")
-            sys.stderr.flush()
-
+    line = LiveLine()
     try:
-        yield progress
+        yield lambda done, total: line.show(f"{done:,}/{total:,} {what}")
     finally:
-        if shown:
-            say("")
+        line.end()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxvlm.cli.progress import list_skipped, say
+from mlxvlm.cli.progress import LiveLine, list_skipped, say
 from mlxvlm.data.mixture import FILTERS
 from mlxvlm.data.response_formats import FORMATS
 from mlxvlm.errors import UsageError
@@ -138,9 +138,13 @@ def check(
     longest = run.max_seq_length if named or max_seq_length else sys.maxsize
     targets = tuple(run.targets)
     reading = Reading(tokenizer, choices, longest, targets, run.seed, run.allow_urls)
-    line = _Line()
-    report = look(sources, run.mixture, shelves, reading, fast, samples, line.show)
-    line.end()
+    line = LiveLine()
+
+    def progress(done: int, among: int) -> None:
+        line.show(f"{done:,}/{among:,} pictures")
+
+    report = look(sources, run.mixture, shelves, reading, fast, samples, progress)
+    line.clear()
     if as_json:
         typer.echo(json.dumps(describe(report) | {"model": run.model}))
     else:
@@ -223,19 +227,3 @@ def _short(text: str) -> str:
         return text
     ends = text[: SHOWN // 2], text[-SHOWN // 2 :]
     return f" [... {len(text) - SHOWN:,} characters ...] ".join(ends)
-
-
-class _Line:
-    """Progress of opening pictures, on a terminal."""
-
-    def __init__(self) -> None:
-        self.on = sys.stderr.isatty()
-
-    def show(self, done: int, among: int) -> None:
-        if self.on:
-            sys.stderr.write(f"\r{done:,}/{among:,} pictures")
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        if self.on:
-            sys.stderr.write("\r" + " " * 40 + "\r")
