@@ -215,3 +215,12 @@ def test_packing_a_large_set_takes_seconds():
         for start in range(0, count, 4096):
             pack(order[start : start + 4096], lengths, views, 2048, 48)
         assert time.process_time() - started < 5, pack
+
+
+@pytest.mark.parametrize("kind", ["buckets", "pack", "internvl"])
+def test_batches_are_counted_as_they_are_made(kind):
+    rows = make_rows(300, text_only=0.3)
+    want = Batching(4, kind, pack_length=512, by_modality=True, tokens_per_view=16)
+    made = Plan(group(rows, 0), want)
+    counted = Plan(group(rows, 0), want)
+    assert [counted.num_batches(n) for n in range(4)] == [len(made.epoch(n)) for n in range(4)]

@@ -138,6 +138,11 @@ class Plan:
             self._made = (number, self._epoch(number))
         return self._made[1]
 
+    def num_batches(self, number: int) -> int:
+        """How many micro-batches an epoch has. Buckets are as many in each, so that none is made to
+        count them; packs need not be."""
+        return len(self._made[1] if self.decision.kind == "buckets" else self.epoch(number))
+
     def describe(self) -> dict[str, Any]:
         return asdict(self.decision)
 

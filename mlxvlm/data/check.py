@@ -6,6 +6,7 @@ filters say what they would find, and a few rows are rendered.
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -236,8 +237,7 @@ def _render(gathered: Gathered, reading: Reading, count: int) -> list[Rendered]:
 
 def _header(shelf: Pictures, name: str) -> tuple[int, int]:
     origin = shelf.find(name)
-    source = origin if isinstance(origin, str) or hasattr(origin, "__fspath__") else None
-    return upright_size(read_bytes(origin)[0] if source is None else source)  # type: ignore[arg-type]
+    return upright_size(origin if isinstance(origin, str | os.PathLike) else read_bytes(origin)[0])
 
 
 def describe(report: Report) -> dict[str, Any]:

@@ -184,16 +184,16 @@ class Feed:
         return found.hexdigest()
 
     def batches(self, epochs: float) -> float:
-        """How many micro-batches so many epochs have: packs need not be as many in each."""
+        """How many micro-batches so many epochs have."""
         whole = int(epochs)
-        rest = (epochs - whole) * len(self.plan.epoch(whole)) if epochs > whole else 0
-        return sum(len(self.plan.epoch(number)) for number in range(whole)) + rest
+        rest = (epochs - whole) * self.plan.num_batches(whole) if epochs > whole else 0
+        return sum(self.plan.num_batches(number) for number in range(whole)) + rest
 
     def order(self, start: int) -> Iterator[tuple[MicroBatch, int]]:
         """Micro-batches, and their epoch, from the `start`-th on, epoch after epoch."""
         number = 0
-        while start >= len(self.plan.epoch(number)):
-            start -= len(self.plan.epoch(number))
+        while start >= (many := self.plan.num_batches(number)):
+            start -= many
             number += 1
         while True:
             yield from ((micro, number) for micro in self.plan.epoch(number)[start:])
