@@ -2,12 +2,13 @@
 
     DIR/images/000/000123.png   the pictures
     DIR/pretrain.jsonl          8 questions a picture, each its own row, one after the other; for
-                                each tenth picture a description instead
+                                each fifth picture a description and boxes instead
     DIR/sft.jsonl               half as many pictures: chats of 4 turns, questions, descriptions
     DIR/val.jsonl               single questions about pictures of the "progress" split
 
-A row's `targets` hold `ground` (what a key word refers to: for the hidden state over it) and, on a
-picture's first row, `align` (what each visual token shows). They serve training only.
+A row's `targets` hold `ground` (what a key word refers to: for the hidden state over it), `follow`
+(what is found from there in a second step) and, on a picture's first row, `align` (what each visual
+token shows). They serve training only.
 
     python -m examples.shapes.data --out runs/shapes/data
 """
@@ -21,9 +22,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.shapes.drawing import draw, patch_words
+from examples.shapes.drawing import draw, patch_items
 from examples.shapes.phrases import ABSENT
-from examples.shapes.questions import QA, ask_many, ask_one
+from examples.shapes.qa import QA
+from examples.shapes.questions import ask_many, ask_one
 from examples.shapes.world import (
     CELL,
     PATCH,
@@ -36,6 +38,7 @@ from examples.shapes.world import (
 
 SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
+BOXES = 3
 EMPTY_PATCHES = 4
 
 
@@ -44,7 +47,11 @@ def scenes(split: str, count: int, start: int = 0) -> Iterator[Scene]:
     found = 0
     for seed in seeds(split, start):
         scene = make_scene(seed)
-        if 0 < len(scene.things) <= 2 and random.Random(f"skip {seed}").random() < SKIP_EASY:
+        if (
+            0 < len(scene.things) <= 2
+            and not scene.prints
+            and random.Random(f"skip {seed}").random() < SKIP_EASY
+        ):
             continue
         if found == count:
             return
@@ -54,16 +61,16 @@ def scenes(split: str, count: int, start: int = 0) -> Iterator[Scene]:
 
 def align(scene: Scene) -> list[dict[str, Any]]:
     """What the visual tokens show: the words of the item that covers a patch, and for a few empty
-    patches of a scene of shapes, that nothing is in that place."""
+    patches of a drawn scene, that nothing is in that place."""
     found = []
     empty = []
     side = SIZE // PATCH
-    for token, words in enumerate(patch_words(scene)):
-        if words:
-            found.append({"image": 0, "token": token, "words": list(words)})
+    for token, item in enumerate(patch_items(scene)):
+        if item:
+            found.append({"image": 0, "token": token, "words": list(item.words)})
         else:
             empty.append(token)
-    if scene.things:
+    if scene.items:
         rng = random.Random(f"empty {scene.seed}")
         for token in sorted(rng.sample(empty, min(EMPTY_PATCHES, len(empty)))):
             row, column = (PATCH * i // CELL for i in divmod(token, side))
@@ -75,14 +82,13 @@ def align(scene: Scene) -> list[dict[str, Any]]:
 def row(image: str, qas: Iterable[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
     """One row: a chat of as many turns as there are questions."""
     messages: list[dict[str, str]] = []
-    ground = []
+    targets: dict[str, Any] = {"ground": [], "follow": []}
     for qa in qas:
         for mark in qa.marks:
             turn = len(messages) + mark.turn
-            ground.append({"turn": turn, "end": mark.end, "words": mark.words})
+            targets[mark.target].append({"turn": turn, "end": mark.end, "words": mark.words})
         messages.append({"role": "user", "content": qa.question})
         messages.append({"role": "assistant", "content": qa.answer})
-    targets: dict[str, Any] = {"ground": ground}
     if aligned is not None:
         targets["align"] = aligned
     return {"image": image, "messages": messages, "targets": targets}
@@ -94,13 +100,13 @@ def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict
 
 
 def describe_rows(scene: Scene, image: str) -> list[dict]:
-    """The whole picture in one answer, for some also a question that no picture here answers.
+    """The whole picture in one answer, boxes, for some also a question that no picture answers.
 
     They have pictures of their own: rows of one picture are padded to the longest of them.
     """
-    qas = [ask_one("describe", scene), ask_one("outside", scene)]
-    qas = [qa for qa in qas[: 1 + (scene.seed % 3 == 0)] if qa is not None]
-    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
+    qas = [ask_one("describe", scene), *ask_many(scene, BOXES, "boxes", {"box": 1.0})]
+    qas += [ask_one("outside", scene)] if scene.seed % 3 == 0 else []
+    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(filter(None, qas))]
 
 
 def chat_rows(scene: Scene, image: str) -> list[dict]:
@@ -132,7 +138,7 @@ def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
             if i % 1000 == 0:
                 (images / name).parent.mkdir(parents=True, exist_ok=True)
             draw(scene).save(images / name, compress_level=1)
-            _dump((describe_rows if i % 10 == 9 else pretrain_rows)(scene, name), pretrain)
+            _dump((describe_rows if i % 5 == 4 else pretrain_rows)(scene, name), pretrain)
             # Half of the second stage's pictures are chatted about; the others keep up the rest.
             make = (chat_rows, pretrain_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
             if i % 2 == 0:
@@ -148,7 +154,7 @@ def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the training data.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--val", type=int, default=96)
     parser.add_argument("--start", type=int, default=0, help="first seed of the training split")
     args = parser.parse_args()

@@ -1,17 +1,20 @@
-"""Scenes to pictures of 96 x 96, and which words each 16 x 16 patch of a picture shows."""
+"""Scenes to pictures of 96 x 96, what each patch of a picture shows, and the boxes of items."""
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from examples.shapes.world import MAX_HEIGHT, PATCH, SIZE, Bar, Scene, Thing
+from examples.shapes.world import MAX_HEIGHT, PATCH, SIZE, Bar, Box, Item, Print, Scene, Thing
 
 SCALE = 2  # pictures are drawn at twice their size and averaged down
 BASE = 91  # the chart's ground line, in pixels from the top
 UNIT = 10.5  # pixels per unit of height
+CAPITALS = 0.72  # height of Pillow's own font's capitals and digits, in units of its size
 # pictures/NAME.png: held-out scenes to talk about, drawn four times as large.
 SAMPLES = {"scene": 2_400_000_027, "chart": 2_400_000_020}
 
@@ -40,58 +43,158 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
             )
             for t in angles
         ]
+    if thing.shape == "circle":
+        return [(math.sin(math.pi * i / 24), math.cos(math.pi * i / 24)) for i in range(48)]
     raise ValueError(f"no outline for shape {thing.shape!r}.")
 
 
-def _paint(draw: ImageDraw.ImageDraw, item: Thing | Bar, fill: object, scale: int) -> None:
+def _corners(thing: Thing) -> list[tuple[float, float]]:
+    """Corners in pixels of the finished picture."""
+    c, s = math.cos(thing.turn), math.sin(thing.turn)
+    return [
+        (thing.x + thing.radius * (c * u - s * v), thing.y + thing.radius * (s * u + c * v))
+        for u, v in _outline(thing)
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _font(size: int, path: str | None) -> ImageFont.FreeTypeFont:
+    found = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    assert isinstance(found, ImageFont.FreeTypeFont), "Pillow was built without FreeType."
+    return found
+
+
+def _ink(item: Print, scale: float, path: str | None = None) -> tuple[ImageFont.FreeTypeFont, Box]:
+    """The font, and the box of the ink when the text is drawn at (0, 0), both `scale` as large."""
+    font = _font(round(item.height / CAPITALS * scale), path)
+    return font, font.getbbox(item.text)
+
+
+def box(item: Thing | Print | Bar) -> Box:
+    """x0, y0, x1, y1 of what is drawn, in pixels of the finished picture."""
     if isinstance(item, Bar):
-        x0, x1 = item.left * scale, (item.left + item.width) * scale
-        y0 = (BASE - item.height * UNIT) * scale
-        draw.rectangle((x0, y0, x1 - 1, BASE * scale - 1), fill=fill)  # type: ignore[arg-type]
-        return
-    x, y, r = item.x * scale, item.y * scale, item.radius * scale
-    if item.shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)  # type: ignore[arg-type]
-        return
-    c, s = math.cos(item.turn), math.sin(item.turn)
-    corners = [(x + r * (c * u - s * v), y + r * (s * u + c * v)) for u, v in _outline(item)]
-    draw.polygon(corners, fill=fill)  # type: ignore[arg-type]
+        return (item.left, BASE - item.height * UNIT, item.left + item.width, BASE)
+    if isinstance(item, Thing):
+        xs, ys = zip(*_corners(item), strict=True)
+        return (min(xs), min(ys), max(xs), max(ys))
+    x0, y0, x1, y1 = _ink(item, 4)[1]
+    w, h = (x1 - x0) / 8, (y1 - y0) / 8
+    return (item.x - w, item.y - h, item.x + w, item.y + h)
 
 
-def draw(scene: Scene, times: int = 1) -> Image.Image:
-    """The scene as an RGB picture of 96 x 96, or `times` as large."""
+def _paint(
+    draw: ImageDraw.ImageDraw, item: Item | Bar, fill: object, scale: int, font: str | None = None
+) -> None:
+    if isinstance(item, Bar):
+        x0, y0, x1, y1 = (v * scale for v in box(item))
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=fill)  # type: ignore[arg-type]
+    elif isinstance(item, Thing):
+        corners = [(x * scale, y * scale) for x, y in _corners(item)]
+        draw.polygon(corners, fill=fill)  # type: ignore[arg-type]
+    elif isinstance(item, Print):
+        face, (x0, y0, x1, y1) = _ink(item, scale, font)
+        at = (item.x * scale - (x0 + x1) / 2, item.y * scale - (y0 + y1) / 2)
+        draw.text(at, item.text, font=face, fill=fill)  # type: ignore[arg-type]
+
+
+def _paper(scene: Scene, scale: int) -> Image.Image:
+    side = SIZE * scale
+    image = Image.new("RGB", (side, side), scene.paper)
+    pen = ImageDraw.Draw(image)
+    faint = tuple(c - 20 for c in scene.paper)
+    pattern = scene.look.pattern
+    if pattern == "shaded":
+        fall = np.linspace(1.06, 0.88, side)[:, None, None]
+        return Image.fromarray(np.clip(np.asarray(image) * fall, 0, 255).astype(np.uint8))
+    for v in range(8, SIZE, 8):
+        if pattern in ("lined", "squared"):
+            pen.line((0, v * scale, side, v * scale), fill=faint, width=scale // SCALE)
+        if pattern == "squared":
+            pen.line((v * scale, 0, v * scale, side), fill=faint, width=scale // SCALE)
+    return image
+
+
+def _texture(scene: Scene, side: int) -> Image.Image:
+    """Noise of several sizes over a slope, and a few blurred blobs: nothing drawn."""
+    rng = np.random.default_rng(scene.seed)
+    low, high = rng.uniform(0, 255, (2, 3))
+    angle = rng.uniform(0, 2 * math.pi)
+    y, x = np.mgrid[0:side, 0:side] / side - 0.5
+    slope = np.clip(0.5 + x * math.cos(angle) + y * math.sin(angle), 0, 1)[..., None]
+    found = low + (high - low) * slope
+    for cells in (3, 6, 12, 24, 48):
+        # Coarse noise moves the colour, fine noise mostly the light.
+        grey = rng.normal(0, 1, (cells, cells, 1)) + rng.normal(0, 0.4, (cells, cells, 3))
+        layer = np.clip(128 + 40 * grey, 0, 255).astype(np.uint8)
+        up = Image.fromarray(layer).resize((side, side), Image.Resampling.BICUBIC)
+        found = found + rng.uniform(0.1, 1.4) * (np.asarray(up, float) - 128)
+    image = Image.fromarray(np.clip(found, 0, 255).astype(np.uint8))
+    for _ in range(rng.integers(0, 6)):
+        blob = Image.new("L", (side, side), 0)
+        points = rng.uniform(-0.1, 1.1, 2) * side + rng.normal(0, 0.2, (5, 2)) * side
+        ImageDraw.Draw(blob).polygon([(float(u), float(v)) for u, v in points], fill=255)
+        blob = blob.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 4)) * side / SIZE))
+        fill = np.asarray(image, float)[::-1] * rng.uniform(0.3, 1.5, 3)
+        image.paste(Image.fromarray(np.clip(fill, 0, 255).astype(np.uint8)), (0, 0), blob)
+    return image
+
+
+def _look(image: Image.Image, scene: Scene) -> Image.Image:
+    """Light, grain and JPEG, at the size that the picture has."""
+    look = scene.look
+    if look.light != 1.0 or look.grain:
+        pixels = np.asarray(image, float) * look.light
+        if look.grain:
+            rng = np.random.default_rng([scene.seed, 1])
+            pixels = pixels + rng.normal(0, look.grain, pixels.shape)
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    if look.jpeg:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=look.jpeg)
+        image = Image.open(file).convert("RGB")
+    return image
+
+
+def draw(scene: Scene, times: int = 1, font: str | None = None) -> Image.Image:
+    """The scene as an RGB picture of 96 x 96, or `times` as large; `font` is a file of another
+    typeface than the one that Pillow brings."""
     scale = SCALE * times
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), scene.paper)
+    if scene.kind == "texture":
+        return _look(_texture(scene, SIZE * times), scene)
+    image = _paper(scene, scale)
     pen = ImageDraw.Draw(image)
     if scene.bars:
         faint = tuple(c - 26 for c in scene.paper)
         for unit in range(1, MAX_HEIGHT + 1):
             y = (BASE - unit * UNIT) * scale
             pen.line((6 * scale, y, 94 * scale, y), fill=faint, width=times)
-    for item in scene.things or scene.bars:
-        _paint(pen, item, item.rgb, scale)
+    for item in scene.bars or scene.items:
+        _paint(pen, item, item.rgb, scale, font)
     if scene.bars:
         dark = (70, 70, 70)
         pen.line((6 * scale, 3 * scale, 6 * scale, BASE * scale), fill=dark, width=scale)
         pen.line((6 * scale, BASE * scale, 94 * scale, BASE * scale), fill=dark, width=scale)
-    return image.reduce(SCALE)
+    return _look(image.reduce(SCALE), scene)
 
 
-def patch_words(scene: Scene, least: int = 20) -> list[tuple[str, ...]]:
-    """For each patch, row by row: the words of the item that covers most of it.
+def patch_items(scene: Scene, least: float = 0.08) -> list[Thing | Print | Bar | None]:
+    """For each patch, row by row: the item that covers most of it, a print by its whole box.
 
-    An item must cover `least` of the patch's 256 pixels; else the tuple is empty.
+    An item must cover the share `least` of the patch; else there is None.
     """
-    items = scene.things or scene.bars
+    items = scene.bars or scene.items
     canvas = Image.new("L", (SIZE, SIZE), 0)
     pen = ImageDraw.Draw(canvas)
     for i, item in enumerate(items):
-        _paint(pen, item, i + 1, 1)
+        if isinstance(item, Print):
+            pen.rectangle(box(item), fill=i + 1)
+        else:
+            _paint(pen, item, i + 1, 1)
     side = SIZE // PATCH
     cells = np.asarray(canvas).reshape(side, PATCH, side, PATCH).transpose(0, 2, 1, 3)
-    found = []
+    found: list[Thing | Print | Bar | None] = []
     for cell in cells.reshape(side * side, -1):
         count = np.bincount(cell, minlength=len(items) + 1)[1:]
-        best = int(count.argmax())
-        found.append(items[best].words if count[best] >= least else ())
+        best = int(count.argmax()) if len(items) else -1
+        found.append(items[best] if best >= 0 and count[best] >= least * PATCH**2 else None)
     return found

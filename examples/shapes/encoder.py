@@ -23,7 +23,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from examples.shapes.drawing import draw, patch_words
+from examples.shapes.drawing import box, draw, patch_items
+from examples.shapes.phrases import COORDINATES, coordinate
 from examples.shapes.world import (
     COLORS,
     MAX_HEIGHT,
@@ -32,7 +33,11 @@ from examples.shapes.world import (
     SHAPES,
     SIZE,
     SIZES,
+    WORDS,
+    Bar,
+    Print,
     Scene,
+    Thing,
     make_scene,
     seeds,
 )
@@ -43,20 +48,28 @@ from mlxvlm.vision.siglip import SiglipVision
 CONFIG = VisionConfig(
     hidden_size=128,
     intermediate_size=384,
-    num_hidden_layers=4,
+    num_hidden_layers=5,
     num_attention_heads=4,
     image_size=SIZE,
     patch_size=PATCH,
 )
-# Each group is one choice; class 0 is "none of them".
+# Each group is one choice; class 0 is "none of them". A box is four choices among coordinates.
+DIGITS = tuple("0123456789")
+EDGES = ("",) + tuple(str(v) for v in COORDINATES)
 GROUPS = (
+    ("",) + SHAPES + ("bar", "number", "word", "texture"),
     ("",) + SIZES,
     ("",) + tuple(COLORS),
-    ("",) + SHAPES + ("bar",),
     ("",) + NUMBERS[1 : MAX_HEIGHT + 1],
+    ("",) + DIGITS,  # a printed number's tens
+    ("",) + DIGITS,  # and its units
+    ("",) + WORDS,
+    *[EDGES] * 4,
 )
+WEIGHTS = (1.0,) * 7 + (0.25,) * 4
+SEEN = 7  # groups that must be right for an item to count as seen; edges are reported apart
 CLASSES = sum(len(group) for group in GROUPS)
-QUERIES = 9 + 5  # the grid's cells, and the places of bars from left to right
+QUERIES = 9 + 5  # the picture's ninths, and the places of bars from left to right
 NONE_WEIGHT = 0.2
 
 
@@ -83,19 +96,35 @@ class Teacher(nn.Module):
         return mx.concatenate([self.patch_head(x), slots], axis=1)
 
 
-def classes(words: tuple[str, ...]) -> list[int]:
-    """One class for each group, from the words of an item; () is none of everything."""
-    return [next((i for i, w in enumerate(g) if w and w in words), 0) for g in GROUPS]
+def classes(item: Thing | Print | Bar | None) -> list[int]:
+    """One class for each group; None is none of everything."""
+    if item is None:
+        return [0] * len(GROUPS)
+    names = [""] * SEEN
+    names[2] = item.color
+    if isinstance(item, Thing):
+        names[0], names[1] = item.shape, item.size
+    elif isinstance(item, Bar):
+        names[0], names[3] = "bar", NUMBERS[item.height]
+    elif item.kind == "number":
+        names[0], names[4], names[5] = "number", item.text[:-1], item.text[-1]
+    else:
+        names[0], names[6] = "word", item.text
+    names += [str(coordinate(v / SIZE)) for v in box(item)]
+    return [group.index(name) for group, name in zip(GROUPS, names, strict=True)]
 
 
 def labels(scene: Scene) -> np.ndarray:
     """[patches + QUERIES, groups] classes."""
-    slots: list[tuple[str, ...]] = [()] * QUERIES
-    for thing in scene.things:
-        slots[3 * thing.row + thing.column] = thing.words
+    slots: list[Thing | Print | Bar | None] = [None] * QUERIES
+    for item in scene.items:
+        slots[3 * item.row + item.column] = item
     for i, bar in enumerate(scene.bars):
-        slots[9 + i] = bar.words
-    return np.array([classes(words) for words in [*patch_words(scene), *slots]], np.int32)
+        slots[9 + i] = bar
+    found = np.array([classes(item) for item in [*patch_items(scene), *slots]], np.int32)
+    if scene.kind == "texture":
+        found[:-QUERIES, 0] = GROUPS[0].index("texture")
+    return found
 
 
 def batch(found: list[int]) -> tuple[mx.array, mx.array]:
@@ -112,33 +141,37 @@ def loss(model: Teacher, pixels: mx.array, target: mx.array) -> mx.array:
         wanted = target[..., i]
         ce = nn.losses.cross_entropy(logits[..., at : at + len(group)], wanted)
         weight = mx.where(wanted > 0, 1.0, NONE_WEIGHT)
-        total = total + (ce * weight).sum() / weight.sum()
+        total = total + WEIGHTS[i] * (ce * weight).sum() / weight.sum()
         at += len(group)
     return total
 
 
 def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[str, float]:
-    """Shares of patches and slots that hold an item and are named right in every group, and of
-    scenes with all slots right."""
-    right, full, scenes = [], [], []
+    """Shares of patches and slots that hold an item and are named right in every group, of edges
+    within one step, and of scenes with all slots right."""
+    guesses, targets = [], []
     source = seeds(split)
+    ends = np.cumsum([len(group) for group in GROUPS])[:-1]
     for _ in range(0, count, 32):
         pixels, target = batch([next(source) for _ in range(32)])
-        logits = np.array(model(pixels))
-        ends = np.cumsum([len(group) for group in GROUPS])[:-1]
-        guess = np.stack([part.argmax(-1) for part in np.split(logits, ends, axis=-1)], axis=-1)
-        wanted = np.array(target)
-        right.append((guess == wanted).all(-1))
-        full.append((wanted > 0).any(-1))
-        scenes.append(right[-1][:, -QUERIES:].all(-1))
-    ok, held = np.concatenate(right), np.concatenate(full)
+        parts = np.split(np.array(model(pixels)), ends, axis=-1)
+        guesses.append(np.stack([part.argmax(-1) for part in parts], axis=-1))
+        targets.append(np.array(target))
+    guess, wanted = np.concatenate(guesses), np.concatenate(targets)
+    ok = (guess == wanted)[..., :SEEN].all(-1)
+    held = (wanted[..., :SEEN] > 0).any(-1)
+    near = abs(guess - wanted)[..., SEEN:] <= 1
     patches, slots = np.s_[:, :-QUERIES], np.s_[:, -QUERIES:]
-    return {
-        "patches": float(ok[patches][held[patches]].mean()),
-        "empty_patches": float(ok[patches][~held[patches]].mean()),
-        "slots": float(ok[slots][held[slots]].mean()),
-        "scenes": float(np.concatenate(scenes).mean()),
+    found = {
+        "patches": ok[patches][held[patches]],
+        "empty_patches": ok[patches][~held[patches]],
+        "slots": ok[slots][held[slots]],
+        "edges": near[slots][held[slots]],
+        "scenes": ok[slots].all(-1),
     }
+    for kind, label in (("things", 1), ("bars", 3), ("numbers", 5), ("words", 6)):
+        found[kind] = ok[slots][wanted[slots][..., label] > 0]
+    return {name: float(values.mean()) for name, values in found.items()}
 
 
 def train(model: Teacher, steps: int, batch_size: int, peak: float) -> Iterator[tuple[int, float]]:
@@ -198,7 +231,7 @@ def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-trains the small SigLIP tower.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--eval", type=int, default=256, help="held-out scenes at the end")

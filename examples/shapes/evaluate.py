@@ -3,7 +3,8 @@
 An answer counts if it equals the only right one, to the letter, in greedy decoding. Greedy decoding
 gives exactly the right answer if, and only if, each of its tokens (the end token too) is the most
 likely one after the right ones before it. So one forward pass over question and right answer
-decides; `--generate` compares that with answers that were really generated.
+decides; `--generate` compares that with answers that were really generated. Boxes are generated,
+and scored by intersection over union.
 
 Beside each kind stands a blind guesser, who knows the question and the most frequent answer to it
 in 15,000 training scenes, but not the picture.
@@ -16,19 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 import mlxvlm
 from examples.shapes.drawing import draw
-from examples.shapes.exam import BLIND_SCENES, EXTRA, blind_guesses, exam, take, wilson
-from examples.shapes.questions import QA, SCORED
+from examples.shapes.exam import BLIND_SCENES, blind_guesses, exam, take, wilson
+from examples.shapes.qa import QA
+from examples.shapes.questions import SCORED
 from examples.shapes.world import Scene
+
+Draw = Callable[[Scene], Image.Image]
 
 
 @dataclass
@@ -44,13 +49,17 @@ class Score:
     blind: float
 
 
-def features(vlm: Any, scenes: Sequence[Scene], batch: int = 64) -> list[Any]:
-    """What the encoder says of the drawn scenes."""
-    found = []
-    for start in range(0, len(scenes), batch):
-        part = vlm.features([draw(scene) for scene in scenes[start : start + batch]])
-        mx.eval([view for one in part for view in one.views])
-        found += part
+def features(
+    vlm: Any, scenes: Iterable[Scene], batch: int = 64, render: Draw = draw
+) -> dict[int, Any]:
+    """What the encoder says of the drawn scenes, by their seeds."""
+    unique = list({scene.seed: scene for scene in scenes}.values())
+    found = {}
+    for start in range(0, len(unique), batch):
+        part = unique[start : start + batch]
+        seen = vlm.features([render(scene) for scene in part])
+        mx.eval([view for one in seen for view in one.views])
+        found |= {scene.seed: one for scene, one in zip(part, seen, strict=True)}
     return found
 
 
@@ -83,59 +92,80 @@ def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64) ->
     return verdict
 
 
-def measure(vlm: Any, split: str, shapes: int, blind_scenes: int = BLIND_SCENES) -> dict[str, Any]:
-    """Scores by kind, and by the number of things."""
-    scenes = take(split, shapes)
-    pictures = features(vlm, scenes)
+def overlap(said: str, wanted: str) -> float:
+    """Intersection over union of the boxes in two answers; 0 where one has none."""
+    (a, *_), (b, *_) = ([*parse(text), None] for text in (said, wanted))
+    if a is None or b is None:
+        return 0.0
+    w = min(a.x1, b.x1) - max(a.x0, b.x0)
+    h = min(a.y1, b.y1) - max(a.y0, b.y0)
+    shared = max(0, w) * max(0, h)
+    areas = sum((box.x1 - box.x0) * (box.y1 - box.y0) for box in (a, b))
+    return shared / (areas - shared)
+
+
+def measure(
+    vlm: Any,
+    split: str,
+    each: int,
+    blind_scenes: int = BLIND_SCENES,
+    kinds: Sequence[str] = SCORED,
+    render: Draw = draw,
+) -> dict[str, Any]:
+    """Scores by kind, and by the number of items in the picture."""
+    asked = take(split, each, kinds)
+    seen = features(vlm, (scene for scene, _ in asked), render=render)
     guesses = blind_guesses(blind_scenes)
-    asked = [
-        (scene, picture, qa)
-        for scene, picture in zip(scenes, pictures, strict=True)
-        for qa in exam(scene)
-    ]
-    verdicts = right_answers(vlm, [(picture, qa) for _, picture, qa in asked])
+    verdicts = right_answers(vlm, [(seen[scene.seed], qa) for scene, qa in asked])
     right: dict[str, list[bool]] = defaultdict(list)
     blind: dict[str, list[bool]] = defaultdict(list)
-    by_things: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    by_items: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     examples: dict[str, str] = {}
-    for (scene, _, qa), ok in zip(asked, verdicts, strict=True):
+    for (scene, qa), ok in zip(asked, verdicts, strict=True):
         right[qa.kind].append(ok)
         blind[qa.kind].append(guesses.get(qa.ask) == qa.answer)
-        by_things[qa.kind][len(scene.things) or len(scene.bars)].append(ok)
+        by_items[qa.kind][len(scene.bars or scene.items)].append(ok)
         examples.setdefault(qa.kind, f"{qa.question} {qa.answer}")
     scores = []
-    for kind in (*SCORED, *EXTRA):
-        if kind in right:
-            hits, count = sum(right[kind]), len(right[kind])
-            guessed = sum(blind[kind]) / count
-            scores.append(
-                Score(kind, examples[kind], count, hits / count, *wilson(hits, count), guessed)
-            )
-    goal = [score for score in scores if score.kind in SCORED]
+    for kind in kinds:
+        hits, count = sum(right[kind]), len(right[kind])
+        guessed = sum(blind[kind]) / count
+        scores.append(
+            Score(kind, examples[kind], count, hits / count, *wilson(hits, count), guessed)
+        )
     return {
         "split": split,
-        "scenes": len(scenes),
-        "scenes_of_shapes": sum(not scene.bars for scene in scenes),
-        "mean": sum(score.right for score in goal) / len(goal),
-        "blind_mean": sum(score.blind for score in goal) / len(goal),
+        "scenes": len(seen),
+        "mean": sum(score.right for score in scores) / len(scores),
+        "blind_mean": sum(score.blind for score in scores) / len(scores),
         "kinds": [asdict(score) for score in scores],
-        "by_things": {
+        "by_items": {
             kind: {str(n): [sum(found), len(found)] for n, found in sorted(counts.items())}
-            for kind, counts in by_things.items()
+            for kind, counts in by_items.items()
         },
     }
 
 
-def measure_generated(vlm: Any, split: str, count: int) -> dict[str, int]:
-    """Generates `count` answers for real and compares with what the one pass said of them."""
-    scenes = take(split, count)
-    asked = []
-    for i, scene in enumerate(scenes):
-        qas = exam(scene)
-        asked.append((scene, qas[i % len(qas)]))
-    asked = asked[:count]
-    pictures = features(vlm, [scene for scene, _ in asked])
-    said = right_answers(vlm, [(p, qa) for p, (_, qa) in zip(pictures, asked, strict=True)])
+def measure_boxes(vlm: Any, split: str, count: int, render: Draw = draw) -> dict[str, float]:
+    """Mean intersection over union of generated boxes, and the share with 0.5 and more."""
+    asked = take(split, count, ("box",))
+    found = []
+    for scene, qa in asked:
+        question = [{"role": "user", "content": qa.question}]
+        reply = vlm.generate(question, [render(scene)], max_tokens=40)
+        found.append(overlap(reply.text, qa.answer))
+    return {
+        "asked": len(found),
+        "mean_iou": float(np.mean(found)),
+        "at_least_half": float(np.mean([v >= 0.5 for v in found])),
+    }
+
+
+def measure_generated(vlm: Any, split: str, each: int) -> dict[str, int]:
+    """Generates answers for real and compares with what the one pass said of them."""
+    asked = take(split, each, SCORED)
+    seen = features(vlm, (scene for scene, _ in asked))
+    said = right_answers(vlm, [(seen[scene.seed], qa) for scene, qa in asked])
     right = agree = 0
     for (scene, qa), verdict in zip(asked, said, strict=True):
         question = [{"role": "user", "content": qa.question}]
@@ -149,8 +179,8 @@ def measure_chats(vlm: Any, split: str, count: int, turns: int = 4) -> dict[str,
     """Chats of several turns, generated, the model's own answers standing in them: hits by turn."""
     right = [0] * turns
     chats = 0
-    for scene in take(split, 4 * count):
-        qas = [qa for qa in exam(scene, "chats") if qa.kind in SCORED]
+    for scene in {scene.seed: scene for scene, _ in take(split, 2 * count, ("at",))}.values():
+        qas = exam(scene, SCORED, "chats")
         if len(qas) < turns or chats == count:
             continue
         chats += 1
@@ -168,11 +198,11 @@ def measure_chats(vlm: Any, split: str, count: int, turns: int = 4) -> dict[str,
 def table(result: dict[str, Any]) -> str:
     """The scores as a Markdown table."""
     lines = [
-        "| kind | for example | asked | right | 95% interval | blind | right with 5 |",
+        "| kind | for example | asked | right | 95% interval | blind | right with 5 items |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for score in result["kinds"]:
-        five = result["by_things"][score["kind"]].get("5", [0, 0])
+        five = result["by_items"][score["kind"]].get("5", [0, 0])
         most = f"{100 * five[0] / five[1]:.0f}%" if five[1] else ""
         lines.append(
             f"| {score['kind']} | {score['example']} | {score['asked']} "
@@ -181,7 +211,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {100 * score['blind']:.1f}% | {most} |"
         )
     lines.append(
-        f"| **mean of the first {len(SCORED)}** | | | **{100 * result['mean']:.1f}%** | "
+        f"| **mean** | | | **{100 * result['mean']:.1f}%** | "
         f"| {100 * result['blind_mean']:.1f}% | |"
     )
     return "\n".join(lines)
@@ -191,15 +221,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures a model on held-out scenes.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--split", choices=("heldout", "progress"), default="heldout")
-    parser.add_argument("--scenes", type=int, default=500, help="scenes of shapes; charts come too")
+    parser.add_argument("--each", type=int, default=500, help="questions of each kind")
     parser.add_argument("--blind-scenes", type=int, default=BLIND_SCENES)
-    parser.add_argument("--generate", type=int, default=60, help="answers to generate for real")
-    parser.add_argument("--chats", type=int, default=60, help="chats of four turns to generate")
+    parser.add_argument("--boxes", type=int, default=500, help="boxes to generate")
+    parser.add_argument("--generate", type=int, default=5, help="answers of each kind to generate")
+    parser.add_argument("--chats", type=int, default=100, help="chats of four turns to generate")
     parser.add_argument("--out", type=Path, help="also write the result as JSON to this file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     vlm = mlxvlm.load(args.model)
-    result = measure(vlm, args.split, args.scenes, args.blind_scenes)
+    result = measure(vlm, args.split, args.each, args.blind_scenes)
+    if args.boxes:
+        result["boxes"] = measure_boxes(vlm, args.split, args.boxes)
     if args.generate:
         result["generated"] = measure_generated(vlm, args.split, args.generate)
     if args.chats:
@@ -210,6 +243,10 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     print(table(result))
+    if args.boxes:
+        boxes = result["boxes"]
+        print(f"\n{boxes['asked']} boxes: mean IoU {boxes['mean_iou']:.3f},", end=" ")
+        print(f"{100 * boxes['at_least_half']:.1f}% with 0.5 and more.")
     if args.generate:
         made = result["generated"]
         print(f"\nGenerated for real: {made['right']} of {made['asked']} right,", end=" ")

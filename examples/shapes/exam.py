@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
-from examples.shapes.questions import QA, SCORED, ask_many, ask_one
+from examples.shapes.qa import QA
+from examples.shapes.questions import SCORED, ask_one
 from examples.shapes.world import Scene, make_scene, seeds
 
-EXTRA = ("size", "bars_count", "bar_extreme", "describe")
-BAR_VALUES = 3  # bars asked about in one chart
 BLIND_SCENES = 15_000
 
 
@@ -22,25 +22,35 @@ def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - half) / (1 + zz), (middle + half) / (1 + zz)
 
 
-def exam(scene: Scene, salt: str = "exam") -> list[QA]:
-    """One question of each kind that has one; of a bar chart, several bars' values."""
-    if scene.bars:
-        kinds = ("bars_count", "bar_extreme", "describe")
-        found = ask_many(scene, BAR_VALUES, salt, {"bar_value": 1.0})
-    else:
-        kinds = (*(kind for kind in SCORED if kind != "bar_value"), "size", "describe")
-        found = []
-    return found + [qa for kind in kinds if (qa := ask_one(kind, scene, salt)) is not None]
+def asks(scene: Scene, kind: str) -> bool:
+    """Whether scenes of this sort are examined in a kind: nobody asks for bars where none are."""
+    if kind in ("bar_value", "bars_count", "bar_extreme"):
+        return scene.kind == "bars"
+    if kind in ("number", "word", "text"):
+        return bool(scene.prints)
+    if kind in ("describe", "outside"):
+        return scene.kind != "texture" or kind == "outside"
+    return scene.kind == "shapes" or (kind == "at" and scene.kind == "printed")
 
 
-def take(split: str, shapes: int) -> list[Scene]:
-    """The split's first scenes, up to the `shapes`-th one of shapes; the charts come with them."""
-    found, count = [], 0
+def exam(scene: Scene, kinds: Sequence[str] = (*SCORED, "box"), salt: str = "exam") -> list[QA]:
+    """One question of each kind that the scene has one of."""
+    found = [ask_one(kind, scene, salt) for kind in kinds if asks(scene, kind)]
+    return [qa for qa in found if qa is not None]
+
+
+def take(split: str, each: int, kinds: Sequence[str] = (*SCORED, "box")) -> list[tuple[Scene, QA]]:
+    """`each` questions of every kind about the split's first scenes, no two of a kind about one."""
+    missing = dict.fromkeys(kinds, each)
+    found = []
     for seed in seeds(split):
-        found.append(make_scene(seed))
-        count += not found[-1].bars
-        if count >= shapes:
-            break
+        left = [kind for kind, count in missing.items() if count]
+        if not left:
+            return found
+        scene = make_scene(seed)
+        for qa in exam(scene, left):
+            missing[qa.kind] -= 1
+            found.append((scene, qa))
     return found
 
 
@@ -49,6 +59,6 @@ def blind_guesses(count: int = BLIND_SCENES) -> dict[str, str]:
     answers: dict[str, Counter] = defaultdict(Counter)
     source = seeds("train", 900_000_000)
     for _ in range(count):
-        for qa in exam(make_scene(next(source)), "blind"):
+        for qa in exam(make_scene(next(source)), salt="blind"):
             answers[qa.ask][qa.answer] += 1
     return {ask: counts.most_common(1)[0][0] for ask, counts in answers.items()}

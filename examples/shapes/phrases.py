@@ -1,16 +1,27 @@
 """The wording: several phrasings of each kind of question, and the vocabulary that they need.
 
-A bar `|` stands right behind a key word; `questions` takes it out and marks the place.
+A bar `|` stands right behind a key word; `qa` takes it out and marks the place.
 """
 
 from __future__ import annotations
 
 import re
 
-from examples.shapes.world import COLORS, COLUMNS, NUMBERS, ROWS, SHAPES, SIZES
+from examples.shapes.world import (
+    COLORS,
+    COLUMNS,
+    NUMBERS,
+    PRINTED_NUMBERS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    WORDS,
+)
 
 ABSENT = "nothing"  # what a key grounds to when nothing in the picture matches it
-PLURALS = (*SHAPES, "shape", "object", "bar")
+PLURALS = (*SHAPES, "shape", "bar")
+# A box is written in thousandths of the picture's sides, in steps that the small picture can show.
+COORDINATES = range(0, 1000, 20)
 
 ASKS = {
     "shape": (
@@ -19,6 +30,7 @@ ASKS = {
         "What is the {color}| shape?",
         "Which object in the {picture} is {color}|?",
         "What is the shape of the {color}| object?",
+        "The {color}| one: which shape is it?",
     ),
     "color": (
         "What {colour} is the {shape}|?",
@@ -26,18 +38,32 @@ ASKS = {
         "What is the {colour} of the {shape}|?",
         "What {colour} does the {shape}| have?",
         "Tell me the {colour} of the {shape}|.",
+        "The {shape}|: what {colour} is it?",
+    ),
+    "size": (
+        "What size is the {thing}|?",
+        "How big is the {thing}|?",
+        "Is the {thing}| big, medium or small?",
+        "Tell me the size of the {thing}|.",
+    ),
+    "largest": (
+        "Which shape is the {extreme}|?",
+        "What is the {extreme}| shape?",
+        "Which is the {extreme}| shape in the {picture}?",
+        "Which object is the {extreme}|?",
     ),
     "count_all": (
         "How many shapes| are there?",
-        "How many objects| are there?",
         "How many shapes| are in the {picture}?",
-        "How many objects| do you see?",
+        "How many shapes| do you see?",
+        "How many shapes| can you see here?",
+        "What is the number of shapes|?",
         "Count the shapes|.",
     ),
     "count_color": (
         "How many {color}| shapes are there?",
         "How many shapes are {color}|?",
-        "How many {color}| objects do you see?",
+        "How many {color}| shapes do you see?",
         "What is the number of {color}| shapes?",
         "Count the {color}| shapes.",
     ),
@@ -52,7 +78,7 @@ ASKS = {
         "What is in the {place}|?",
         "What is at the {place}|?",
         "What do you see in the {place}|?",
-        "Which object is in the {place}|?",
+        "What can you see in the {place}|?",
         "What is in the {place}| of the {picture}?",
     ),
     "where": (
@@ -61,6 +87,21 @@ ASKS = {
         "Where do you see the {thing}|?",
         "In which place is the {thing}|?",
         "Can you tell me where the {thing}| is?",
+    ),
+    "relation": (
+        "Is the {a}| {side} the {b}|?",
+        "Does the {a}| stand {side} the {b}|?",
+        "Do you see the {a}| {side} the {b}|?",
+    ),
+    "relation_or": (
+        "Is the {a}| {side} or {other} the {b}|?",
+        "Does the {a}| stand {side} or {other} the {b}|?",
+    ),
+    "next": (
+        "What is {side} the {b}|?",
+        "Which object is {side} the {b}|?",
+        "What do you see {side} the {b}|?",
+        "What stands {side} the {b}|?",
     ),
     "yesno": (
         "Is there {a_thing}|?",
@@ -71,15 +112,38 @@ ASKS = {
     ),
     "yesno_color": (
         "Is there {a_color}| shape?",
-        "Do you see {a_color}| object?",
-        "Is anything {color}|?",
+        "Do you see {a_color}| shape?",
+        "Is any shape {color}|?",
         "Does the {picture} have {a_color}| shape?",
     ),
-    "size": (
-        "What size is the {thing}|?",
-        "How big is the {thing}|?",
-        "Is the {thing}| big or small?",
-        "Is the {thing}| small or big?",
+    "number": (
+        "What number| is printed?",
+        "Which number| is printed in the {picture}?",
+        "Which number| do you see?",
+        "What is the printed number|?",
+        "Read the number|.",
+        "Tell me the number|.",
+    ),
+    "word": (
+        "What word| is printed?",
+        "Which word| is printed in the {picture}?",
+        "Which word| do you see?",
+        "What is the printed word|?",
+        "Read the word|.",
+        "Tell me the word|.",
+    ),
+    "text": (
+        "What does the {color}| text say?",
+        "Read the {color}| text.",
+        "What is printed in {color}|?",
+        "What is the {color}| text?",
+    ),
+    "box": (
+        "Give the box of the {thing}|.",
+        "What is the box of the {thing}|?",
+        "Find the {thing}|.",
+        "Show me the {thing}|.",
+        "Where exactly is the {thing}|?",
     ),
     "bar_value": (
         "How tall is the {color}| bar?",
@@ -106,17 +170,17 @@ ASKS = {
         "Do you see a bar chart|?",
     ),
     "describe": (
-        "Describe the {picture}|.",
-        "What does the {picture} show|?",
-        "What is in the {picture}|?",
-        "What do you see|?",
-        "Tell me what is in the {picture}|.",
+        "Describe the {picture}^.",
+        "What does the {picture} show^?",
+        "What is in the {picture}^?",
+        "What do you see^?",
+        "Tell me what is in the {picture}^.",
+        "Describe what you see^.",
     ),
 }
 NOT_THERE = "not there"
-OUTSIDE = "I only know drawn shapes and bar charts."
+OUTSIDE = "I only know drawn scenes."
 OUTSIDE_ASKS = (
-    "What does the text say?",
     "Who is in the picture?",
     "What is the weather like?",
     "What is your name?",
@@ -126,7 +190,6 @@ OUTSIDE_ASKS = (
     "What time is it?",
     "Can you write a poem?",
     "What brand is the car?",
-    "Read the sign.",
     "Which animal is this?",
     "Translate this for me.",
     "What is 12 times 7?",
@@ -143,13 +206,26 @@ def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
+def coordinate(share: float) -> int:
+    """A share of the picture's side as a box has it: the nearest of `COORDINATES`."""
+    step = COORDINATES.step
+    return min(max(round(1000 * share / step) * step, 0), COORDINATES[-1])
+
+
 def vocabulary() -> list[str]:
     """Every word that a question or an answer can hold, in lower case, plurals by their stems."""
     texts = [text for kind in sorted(ASKS) for text in ASKS[kind]]
     texts = [re.sub(r"\{.*?\}", " ", text) for text in texts]
     texts += [NOT_THERE, OUTSIDE, ABSENT, "picture image colour color centre center"]
     texts += ["The number of shapes is at. In the top: a an. Yes. No. tallest shortest"]
+    texts += ["largest smallest biggest left of right above below or says"]
     texts += [*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS]
     stems = {plural(word): word for word in PLURALS}
     words = {word.lower() for text in texts for word in re.findall(r"[A-Za-z]+", text)}
     return sorted({stems[word] if word in stems else word for word in words})
+
+
+def printed() -> list[str]:
+    """What can be printed, or written as a coordinate: each is one token."""
+    numbers = sorted({*PRINTED_NUMBERS, *COORDINATES})
+    return [*WORDS, *(str(number) for number in numbers)]

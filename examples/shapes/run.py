@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = Path(__file__).resolve().parent / "recipe"
 ABOUT = (
-    "A small demo model: it knows drawn shapes (their colours, sizes, places and numbers) "
-    "and bar charts, nothing else."
+    "A small demo model: it knows drawn scenes: shapes, printed "
+    "words and numbers, bar charts; nothing else."
 )
 STAGES = ("draw", "encoder", "language", "build", "cache", "pretrain", "sft", "evaluate")
 
@@ -46,7 +46,7 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
         "encoder": ["examples.shapes.encoder", "--out", encoder],
         "language": ["examples.shapes.language", "--out", language],
         "build": ["mlxvlm", "build", "--vision", encoder, "--language", language, "--out", base]
-        + ["--projector-width", "128", "--projector-heads", "4", "--num-positions", "36"]
+        + ["--projector-width", "160", "--projector-heads", "5", "--num-positions", "64"]
         + ["--layout", "llama-3", "--about", ABOUT],
         "cache": ["mlxvlm", "cache-embeddings", data / "images", "--model", encoder]
         + ["--out", cache, "--codec", "float32", "--batch-size", "64"],

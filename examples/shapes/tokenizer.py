@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from examples.shapes.phrases import PLURALS, vocabulary
+from examples.shapes.phrases import PLURALS, printed, vocabulary
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -53,6 +53,8 @@ def build() -> Tokenizer:
     words = [*vocabulary(), *ROLES]
     for form in ("{0}", "{1}", SPACE + "{0}", SPACE + "{1}"):
         entries += [form.format(word, word.capitalize()) for word in words]
+    entries += printed() + [SPACE + text for text in printed() if text.isalpha()]
+    entries += [SPACE + "[", "]."]  # around a box
     vocab: dict[str, int] = {}
     for entry in entries:
         vocab.setdefault(entry, len(vocab))

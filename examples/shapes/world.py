@@ -1,10 +1,14 @@
 """The drawn world: a scene is a function of its seed, and nothing else.
 
-    "shapes"  1 to 5 things, each in its own cell of a 3 x 3 grid, on light paper
-    "bars"    a bar chart: 2 to 5 coloured bars of whole heights over a grid of lines
+    "shapes"   1 to 5 things anywhere on the paper, in some of them also something printed
+    "printed"  1 to 3 printed numbers or words
+    "bars"     a bar chart: 2 to 5 coloured bars of whole heights over a grid of lines
+    "texture"  nothing drawn: blobs, gradients and grain, as photographs have them
 
-Every attribute is one word (`Thing.words`, `Bar.words`). Nothing here depends on hash order or
-on the clock. `drawing` makes the pictures.
+Things and prints stand anywhere, but apart: each in its own ninth of the picture, so that "top left"
+means one of them, and never within `MARGIN` pixels of the line between two ninths.
+Every attribute is one word (`words`). Nothing here depends on hash order or on the clock.
+`drawing` makes the pictures.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SIZE = 96
-PATCH = 16
+PATCH = 12
 CELL = SIZE // 3
+MARGIN = 3.0
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = {
@@ -28,10 +33,18 @@ COLORS = {
     "pink": (250, 138, 190),
     "black": (28, 28, 32),
 }
-SIZES = ("small", "big")
+INKS = tuple(color for color in COLORS if color != "yellow")  # yellow letters cannot be read
+RADII = {"small": (5.6, 6.6), "medium": (8.2, 9.4), "big": (11.4, 13.2)}
+SIZES = tuple(RADII)
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+WORDS = tuple(
+    "ART BAG BIKE BOOK BOX BUS CAKE CAR CAT COW CUP DOG DOOR EGG EXIT FISH FROG GIFT HAT HELP "
+    "HOME ICE JAM KEY LAMP LION MAP MILK MOON OPEN PARK PEN PIE PUSH RAIN SALE SHIP STOP SUN TAXI "
+    "TEA TREE WAY WOLF YES ZOO".split()
+)
+PRINTED_NUMBERS = range(100)
 PAPERS = (
     (255, 255, 255),
     (250, 246, 235),
@@ -40,48 +53,92 @@ PAPERS = (
     (248, 238, 240),
     (236, 236, 236),
     (252, 250, 222),
+    (214, 214, 212),
+    (206, 196, 178),
 )
+PATTERNS = ("plain", "plain", "plain", "lined", "squared", "shaded")
 MAX_THINGS = 5
+MAX_PRINTS = 3
 MAX_HEIGHT = 8
-BARS_SHARE = 0.23
+SHARES = {"texture": 0.04, "bars": 0.2, "printed": 0.16, "shapes": 0.6}
+PRINT_BESIDE_SHAPES = 0.35
 
 # Seeds of one split never meet another's: [start, start + SPAN).
 SPAN = 1_000_000_000
 SPLITS = {"train": 0, "progress": SPAN, "heldout": 2 * SPAN}
 
+Box = tuple[float, float, float, float]
+
 
 def place_words(row: int, column: int) -> tuple[str, str]:
-    """A cell's row and column. No word serves for both: a model would mix them up."""
+    """A ninth's row and column. No word serves for both: a model would mix them up."""
     return (ROWS[row], COLUMNS[column])
 
 
 def place_name(row: int, column: int) -> str:
-    """What answers call a cell: "top left", ..., "middle right", and plain "centre"."""
+    """What answers call a ninth: "top left", ..., "middle right", and plain "centre"."""
     return "centre" if row == column == 1 else " ".join(place_words(row, column))
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One shape; x, y, radius in pixels of the finished picture, turn in radians."""
+class Item:
+    """What stands at (x, y), in pixels of the finished picture, with its colour as drawn."""
 
-    size: str
     color: str
-    shape: str
-    row: int
-    column: int
+    rgb: tuple[int, int, int]
     x: float
     y: float
-    radius: float
-    turn: float
-    rgb: tuple[int, int, int]
+
+    @property
+    def row(self) -> int:
+        return int(self.y // CELL)
+
+    @property
+    def column(self) -> int:
+        return int(self.x // CELL)
 
     @property
     def place(self) -> str:
         return place_name(self.row, self.column)
 
+
+@dataclass(frozen=True)
+class Thing(Item):
+    """One shape; radius in pixels, turn in radians."""
+
+    size: str
+    shape: str
+    radius: float
+    turn: float
+
     @property
     def words(self) -> tuple[str, ...]:
         return (self.size, self.color, self.shape, *place_words(self.row, self.column))
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Half of the width and of the height that it may take, in pixels."""
+        return (1.1 * self.radius, 1.1 * self.radius)
+
+
+@dataclass(frozen=True)
+class Print(Item):
+    """A printed number or word; height of its capitals and digits in pixels."""
+
+    text: str
+    height: float
+
+    @property
+    def kind(self) -> str:
+        return "number" if self.text.isdigit() else "word"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (self.kind, self.text, self.color, *place_words(self.row, self.column))
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        return (0.44 * self.height * len(self.text) + 1, 0.5 * self.height + 1)
 
 
 @dataclass(frozen=True)
@@ -100,13 +157,38 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Look:
+    """How a picture is taken: grain in grey levels, light as a factor, JPEG quality or 0: none."""
+
+    pattern: str = "plain"
+    grain: float = 0.0
+    light: float = 1.0
+    jpeg: int = 0
+
+
+@dataclass(frozen=True)
 class Scene:
-    """Either `things` (row by row) or `bars` (left to right); the other is empty."""
+    """`things` and `prints` in reading order, or `bars` from left to right, or a texture."""
 
     seed: int
     paper: tuple[int, int, int]
+    look: Look = Look()
     things: tuple[Thing, ...] = ()
+    prints: tuple[Print, ...] = ()
     bars: tuple[Bar, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        if self.bars:
+            return "bars"
+        if self.things:
+            return "shapes"
+        return "printed" if self.prints else "texture"
+
+    @property
+    def items(self) -> tuple[Thing | Print, ...]:
+        """Things and prints in reading order, ninth by ninth."""
+        return tuple(sorted((*self.things, *self.prints), key=lambda item: (item.row, item.column)))
 
 
 def seeds(split: str, start: int = 0) -> Iterator[int]:
@@ -120,9 +202,27 @@ def make_scene(seed: int) -> Scene:
     """The scene of a seed."""
     rng = random.Random(f"scene {seed}")
     paper = rng.choice(PAPERS)
-    if rng.random() < BARS_SHARE:
-        return Scene(seed, paper, bars=_bars(rng))
-    return Scene(seed, paper, things=_things(rng))
+    (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
+    look = Look(
+        rng.choice(PATTERNS) if kind in ("shapes", "printed") else "plain",
+        rng.uniform(2.0, 9.0) if rng.random() < 0.3 else 0.0,
+        rng.uniform(0.8, 1.08) if rng.random() < 0.3 else 1.0,
+        rng.randint(30, 90) if rng.random() < 0.3 else 0,
+    )
+    if kind == "bars":
+        return Scene(seed, paper, look, bars=_bars(rng))
+    if kind == "texture":
+        return Scene(seed, paper, look)
+    wanted: list[Thing | Print] = []
+    if kind == "shapes":
+        wanted += _things(rng)
+    if kind == "printed" or rng.random() < PRINT_BESIDE_SHAPES:
+        wanted += _prints(rng, rng.randint(1, MAX_PRINTS) if kind == "printed" else 1)
+    placed = _place(wanted, rng)
+    placed.sort(key=lambda item: (item.row, item.column))
+    things = tuple(item for item in placed if isinstance(item, Thing))
+    prints = tuple(item for item in placed if isinstance(item, Print))
+    return Scene(seed, paper, look, things, prints)
 
 
 def _rgb(rng: random.Random, color: str) -> tuple[int, int, int]:
@@ -130,22 +230,49 @@ def _rgb(rng: random.Random, color: str) -> tuple[int, int, int]:
     return (r, g, b)
 
 
-def _things(rng: random.Random) -> tuple[Thing, ...]:
-    cells = rng.sample(range(9), rng.randint(1, MAX_THINGS))
+def _things(rng: random.Random) -> list[Thing]:
+    """Things that have no place yet."""
     # Often few colours or few shapes, so that things share attributes and counts pass one.
     colors = rng.sample(sorted(COLORS), rng.choice((2, 3, 8, 8)))
     shapes = rng.sample(SHAPES, rng.choice((2, 3, 6, 6)))
     things = []
-    for cell in sorted(cells):
+    for _ in range(rng.randint(1, MAX_THINGS)):
         size, color, shape = rng.choice(SIZES), rng.choice(colors), rng.choice(shapes)
-        radius = rng.uniform(7.0, 8.6) if size == "small" else rng.uniform(11.6, 13.6)
-        free = min(CELL / 2 - radius, 5.0)
-        row, column = divmod(cell, 3)
-        x = (column + 0.5) * CELL + rng.uniform(-free, free)
-        y = (row + 0.5) * CELL + rng.uniform(-free, free)
-        turn = rng.uniform(-0.15, 0.15)
-        things.append(Thing(size, color, shape, row, column, x, y, radius, turn, _rgb(rng, color)))
-    return tuple(things)
+        radius, turn = rng.uniform(*RADII[size]), rng.uniform(-0.15, 0.15)
+        things.append(Thing(color, _rgb(rng, color), 0, 0, size, shape, radius, turn))
+    return things
+
+
+def _prints(rng: random.Random, count: int) -> list[Print]:
+    """Prints that have no place yet, each of its own colour and text."""
+    found = []
+    for color in rng.sample(INKS, count):
+        text = str(rng.choice(PRINTED_NUMBERS)) if rng.random() < 0.5 else rng.choice(WORDS)
+        if text not in [other.text for other in found]:
+            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(10.5, 14.0)))
+    return found
+
+
+def _place(wanted: list[Thing | Print], rng: random.Random) -> list[Thing | Print]:
+    """Gives each a place, the largest first; one that finds none in 200 tries is left out."""
+    placed: list[Thing | Print] = []
+    for item in sorted(wanted, key=lambda item: -item.reach[0]):
+        for _ in range(200):
+            w, h = item.reach
+            x, y = rng.uniform(w + 1, SIZE - w - 1), rng.uniform(h + 1, SIZE - h - 1)
+            found = type(item)(**{**vars(item), "x": x, "y": y})
+            edge = min(abs(v - line) for v in (x, y) for line in (CELL, 2 * CELL))
+            if edge >= MARGIN and not any(_meet(found, other) for other in placed):
+                placed.append(found)
+                break
+    return placed
+
+
+def _meet(a: Thing | Print, b: Thing | Print) -> bool:
+    if (a.row, a.column) == (b.row, b.column):
+        return True
+    (aw, ah), (bw, bh) = a.reach, b.reach
+    return abs(a.x - b.x) < aw + bw + 1 and abs(a.y - b.y) < ah + bh + 1
 
 
 def _bars(rng: random.Random) -> tuple[Bar, ...]:
