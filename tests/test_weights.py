@@ -607,7 +607,7 @@ def test_build_command(tmp_path: Path) -> None:
     assert vlm.config.projector.num_positions == 9 and vlm.config.about == "Hello."
     with pytest.raises(UsageError, match="holds a model already"):
         run(build, *parts, *shape, "--out", out)
-    with pytest.raises(UsageError, match="belong to --projector attention"):
+    with pytest.raises(UsageError, match="--projector-heads belongs to --projector attention or"):
         run(build, *parts, *shape, "--projector", "mlp", "--out", tmp_path / "mlp")
     with pytest.raises(PromptError, match="control tokens that this tokenizer lacks: </s>"):
         run(build, *parts, "--layout", "vicuna_v1", "--out", tmp_path / "vicuna")
