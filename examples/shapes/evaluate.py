@@ -73,7 +73,14 @@ def messages(qas: Iterable[QA]) -> list[dict[str, str]]:
 
 def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64) -> list[bool]:
     """Whether greedy decoding answers each (features, question) exactly right."""
-    prompts = [vlm.tokenize(messages([qa]), [picture]) for picture, qa in asked]
+    return right_chats(vlm, [(picture, [qa]) for picture, qa in asked], batch)
+
+
+def right_chats(
+    vlm: Any, asked: Sequence[tuple[Any, Sequence[QA]]], batch: int = 64
+) -> list[bool]:
+    """Whether it answers every turn of each (features, chat) right."""
+    prompts = [vlm.tokenize(messages(qas), [picture]) for picture, qas in asked]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     verdict = [False] * len(prompts)
     image_token = vlm.config.prompt.image_token_id

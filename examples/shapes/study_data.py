@@ -1,0 +1,196 @@
+"""The smaller drawn world that the studies train and examine on.
+
+Scenes of `MOST` items at most, of shapes and of bars, and five kinds of questions: small enough that
+a tiny language model gets far with them in about a minute, so that many runs can be compared.
+
+    DIR/images/000/000123.png     the pictures, the same for all variants
+    DIR/ROWS/pretrain.jsonl       up to 8 questions a picture, each its own row
+    DIR/ROWS/sft.jsonl            each second picture: two chats of four turns, or questions again
+
+ROWS says how the rows are written (`Rows.name`): "restated-100" is the recipe's way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from examples.shapes.data import align, name_of, row
+from examples.shapes.drawing import draw
+from examples.shapes.exam import asks
+from examples.shapes.qa import QA
+from examples.shapes.questions import MIXES, ask_many, ask_one
+from examples.shapes.world import Scene, make_scene, seeds
+
+KINDS = ("color", "where", "count_shape", "relation", "bar_value")
+MOST = 3
+QUESTIONS = 8
+TURNS = 4
+
+# What restates the question in front of the looked-up word.
+RESTATED = re.compile(r".*?(?:\? | (?:is at|is|says) )(?=\S)(.*)")
+SIDE = re.compile(r".* is (left|right|above|below)\b.*")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows are written.
+
+    restated: answers say the key again ("The circle is red.", not "Red.").
+    words: the tokenizer has every word whole; else targets keep the words that it has.
+    percent: of the studies' pictures, evenly spread; above 100, more of them.
+    """
+
+    restated: bool = True
+    words: bool = True
+    percent: int = 100
+
+    @property
+    def name(self) -> str:
+        parts = ["restated" if self.restated else "direct", *([] if self.words else ["bpe"])]
+        return "-".join([*parts, str(self.percent)])
+
+
+def scenes(split: str) -> Iterator[Scene]:
+    """The split's scenes that belong to the smaller world."""
+    for seed in seeds(split):
+        scene = make_scene(seed)
+        if scene.kind in ("shapes", "bars") and len(scene.bars or scene.items) <= MOST:
+            yield scene
+
+
+def direct(qa: QA) -> QA:
+    """The same question, answered without its key; the marks in the answer go with it."""
+    found = SIDE.fullmatch(qa.answer) if qa.kind == "relation" else None
+    if found is None:
+        found = RESTATED.fullmatch(qa.answer)
+    if found is None:
+        raise ValueError(f"no short form of {qa.answer!r} is known.")
+    said = found[1][0].upper() + found[1][1:].removesuffix(".") + "."
+    return replace(qa, answer=said, marks=tuple(mark for mark in qa.marks if mark.turn == 0))
+
+
+def questions(scene: Scene, salt: str, restated: bool = True) -> list[QA]:
+    """Up to `QUESTIONS` different questions of the smaller world's kinds."""
+    mix = {kind: share for kind, share in MIXES[scene.kind].items() if kind in KINDS}
+    found = ask_many(scene, QUESTIONS, salt, mix)
+    return found if restated else [direct(qa) for qa in found]
+
+
+def exam(each: int, restated: bool = True) -> list[tuple[Scene, QA]]:
+    """`each` questions of every kind about scenes of the "progress" split."""
+    missing, found = dict.fromkeys(KINDS, each), []
+    for scene in scenes("progress"):
+        for kind in KINDS:
+            qa = ask_one(kind, scene, "exam") if missing[kind] and asks(scene, kind) else None
+            if qa is not None:
+                missing[kind] -= 1
+                found.append((scene, qa if restated else direct(qa)))
+        if not any(missing.values()):
+            break
+    return found
+
+
+def chats(count: int, restated: bool = True) -> list[tuple[Scene, list[QA]]]:
+    """Chats of `TURNS` turns about scenes of the "progress" split."""
+    found: list[tuple[Scene, list[QA]]] = []
+    for scene in scenes("progress"):
+        qas = questions(scene, "exam chat", restated)[:TURNS]
+        if len(qas) == TURNS:
+            found.append((scene, qas))
+        if len(found) == count:
+            break
+    return found
+
+
+def pretrain_rows(scene: Scene, image: str, restated: bool = True) -> list[dict]:
+    qas = questions(scene, "pretrain", restated)
+    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
+
+
+def chat_rows(scene: Scene, image: str, restated: bool = True) -> list[dict]:
+    qas = questions(scene, "chat", restated)
+    turns = [chat for chat in (qas[:TURNS], qas[TURNS:]) if chat]
+    return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(turns)]
+
+
+def keep_words(raw: dict, known: Callable[[str], bool]) -> dict:
+    """A row whose targets name only words that are known; the trainer takes no others."""
+    targets: dict[str, Any] = {}
+    for name, marks in raw["targets"].items():
+        targets[name] = []
+        for mark in marks:
+            words = mark["words"]
+            if isinstance(words, dict):
+                words = {word: mass for word, mass in words.items() if known(word)}
+            else:
+                words = [word for word in words if known(word)]
+            if words:
+                targets[name].append(mark | {"words": words})
+    return raw | {"targets": targets}
+
+
+def whole_words(tokenizer: Tokenizer) -> Callable[[str], bool]:
+    """Whether a word is one token inside a sentence."""
+    seen: dict[str, bool] = {}
+
+    def known(word: str) -> bool:
+        if word not in seen:
+            pieces = [tokenizer.encode(text, add_special_tokens=False) for text in (" " + word, word)]
+            seen[word] = any(len(piece.tokens) == 1 for piece in pieces)
+        return seen[word]
+
+    return known
+
+
+def draw_pictures(images: Path, count: int) -> None:
+    for i, scene in zip(range(count), scenes("train"), strict=False):
+        name = images / name_of(i)
+        name.parent.mkdir(parents=True, exist_ok=True)
+        draw(scene).save(name, compress_level=1)
+
+
+def texts(count: int, restated: bool = True) -> Iterator[str]:
+    """What is asked and answered about the first `count` training scenes."""
+    for _, scene in zip(range(count), scenes("train"), strict=False):
+        for qa in questions(scene, "pretrain", restated):
+            yield qa.question
+            yield qa.answer
+
+
+def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None) -> None:
+    """Writes the rows about the `count` pictures that are 100%, or a share or a multiple of them."""
+    known = whole_words(tokenizer) if tokenizer else lambda word: True
+    wanted = max(1, count * rows.percent // 100)
+    every = max(1, 100 // rows.percent)
+    folder = out / rows.name
+    folder.mkdir(parents=True, exist_ok=True)
+    # Whole files only: an interrupted study writes its rows again.
+    parts = {name: folder / f"{name}.partial" for name in ("pretrain", "sft")}
+    with parts["pretrain"].open("w") as pretrain, parts["sft"].open("w") as sft:
+        taken = 0
+        for i, scene in enumerate(scenes("train")):
+            if taken == wanted:
+                break
+            if i % every:
+                continue
+            name = name_of(i)
+            _dump((keep_words(r, known) for r in pretrain_rows(scene, name, rows.restated)), pretrain)
+            if taken % 2 == 0:
+                # A third of them keep up the single questions.
+                make = pretrain_rows if taken % 6 == 4 else chat_rows
+                _dump((keep_words(r, known) for r in make(scene, name, rows.restated)), sft)
+            taken += 1
+    for name, part in parts.items():
+        part.replace(folder / f"{name}.jsonl")
+
+
+def _dump(found: Iterable[dict], file: Any) -> None:
+    for raw in found:
+        file.write(json.dumps(raw, separators=(",", ":")) + "\n")
