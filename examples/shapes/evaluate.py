@@ -76,9 +76,7 @@ def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64) ->
     return right_chats(vlm, [(picture, [qa]) for picture, qa in asked], batch)
 
 
-def right_chats(
-    vlm: Any, asked: Sequence[tuple[Any, Sequence[QA]]], batch: int = 64
-) -> list[bool]:
+def right_chats(vlm: Any, asked: Sequence[tuple[Any, Sequence[QA]]], batch: int = 64) -> list[bool]:
     """Whether it answers every turn of each (features, chat) right."""
     prompts = [vlm.tokenize(messages(qas), [picture]) for picture, qas in asked]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))

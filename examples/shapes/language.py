@@ -13,7 +13,6 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-
 from tokenizers import Tokenizer
 
 from examples.shapes.tokenizer import CONTROLS, build, tokenizer_config

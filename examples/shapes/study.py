@@ -27,10 +27,10 @@ from examples.shapes.study_variants import ALL, NAMES, Variant
 from examples.shapes.tokenizer import learn
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = 1920
+PICTURES = 1280
 BPE_SIZE = 384
 BPE_TEXTS = 2000  # scenes whose texts it is learnt from
-WIDTH, LAYERS = 128, 4
+WIDTH, LAYERS = 64, 3
 
 
 def caches(variants: list[Variant]) -> dict[str, tuple[str, str]]:
@@ -152,7 +152,7 @@ def main() -> None:
         action = actions.add_parser(name)
         action.add_argument("--out", type=Path, required=True)
         if name == "report":
-            action.add_argument("--plot", type=Path, help="also draw the trial to this SVG file")
+            action.add_argument("--plot", type=Path, help="also draw all results to this PNG file")
             action.add_argument("--json", type=Path, help="also write all results to this file")
             continue
         action.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

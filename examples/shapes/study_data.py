@@ -1,7 +1,7 @@
 """The smaller drawn world that the studies train and examine on.
 
-Scenes of `MOST` items at most, of shapes and of bars, and five kinds of questions: small enough that
-a tiny language model gets far with them in about a minute, so that many runs can be compared.
+Scenes of `MOST` items at most, of shapes and of bars, and four kinds of questions: small enough
+that a tiny language model gets far with them in about a minute, so that many runs can be compared.
 
     DIR/images/000/000123.png     the pictures, the same for all variants
     DIR/ROWS/pretrain.jsonl       up to 8 questions a picture, each its own row
@@ -28,7 +28,7 @@ from examples.shapes.qa import QA
 from examples.shapes.questions import MIXES, ask_many, ask_one
 from examples.shapes.world import Scene, make_scene, seeds
 
-KINDS = ("color", "where", "count_shape", "relation", "bar_value")
+KINDS = ("color", "where", "count_shape", "bar_value")
 MOST = 3
 QUESTIONS = 8
 TURNS = 4
@@ -142,7 +142,9 @@ def whole_words(tokenizer: Tokenizer) -> Callable[[str], bool]:
 
     def known(word: str) -> bool:
         if word not in seen:
-            pieces = [tokenizer.encode(text, add_special_tokens=False) for text in (" " + word, word)]
+            pieces = [
+                tokenizer.encode(text, add_special_tokens=False) for text in (" " + word, word)
+            ]
             seen[word] = any(len(piece.tokens) == 1 for piece in pieces)
         return seen[word]
 
@@ -165,7 +167,7 @@ def texts(count: int, restated: bool = True) -> Iterator[str]:
 
 
 def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None) -> None:
-    """Writes the rows about the `count` pictures that are 100%, or a share or a multiple of them."""
+    """Writes the rows about the `count` pictures that are 100%, a share of them, or more."""
     known = whole_words(tokenizer) if tokenizer else lambda word: True
     wanted = max(1, count * rows.percent // 100)
     every = max(1, 100 // rows.percent)
@@ -181,7 +183,9 @@ def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None)
             if i % every:
                 continue
             name = name_of(i)
-            _dump((keep_words(r, known) for r in pretrain_rows(scene, name, rows.restated)), pretrain)
+            _dump(
+                (keep_words(r, known) for r in pretrain_rows(scene, name, rows.restated)), pretrain
+            )
             if taken % 2 == 0:
                 # A third of them keep up the single questions.
                 make = pretrain_rows if taken % 6 == 4 else chat_rows

@@ -1,6 +1,6 @@
 """One run of a study: build, train, measure. It runs in the studies' folder, where names start.
 
-    cd runs/study && python -m examples.shapes.study_run --variant mlp --seed 0
+cd runs/study && python -m examples.shapes.study_run --variant mlp --seed 0
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def build_command(variant: Variant, seed: int, language: str, base: str) -> list
 
 
 def stage_flags(variant: Variant, stage: str, model: str, out: str) -> Flags:
-    percent = variant.sft_percent if stage == "sft" and variant.sft_percent else variant.rows.percent
+    percent = (
+        variant.sft_percent if stage == "sft" and variant.sft_percent else variant.rows.percent
+    )
     written = data.Rows(variant.rows.restated, variant.rows.words, percent)
     return {
         "config": f"{out}.toml",
@@ -114,6 +116,12 @@ def measure(vlm: Any, variant: Variant, each: int) -> dict[str, Any]:
     }
 
 
+def size_of(module: Any) -> int:
+    """How many weights a part has."""
+    weights: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return sum(weight.size for weight in weights.values())
+
+
 def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
     """Runs the variant; its result."""
     started, cpu = time.perf_counter(), time.process_time()
@@ -130,7 +138,6 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
         written.append(f"mlxvlm {shlex.join(arguments)}")
         app(arguments, standalone_mode=False)
     result: dict[str, Any] = {"variant": variant.name, "seed": seed}
-    adapter = None
     for stage in variant.stages:
         flags = stage_flags(variant, stage, model, str(folder / stage))
         fields = recipe(variant, stage, seed)
@@ -151,10 +158,10 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
             model = flags["out"]
     last = variant.stages[-1]
     result["final"] = result[last]["right"]
-    sizes = {part: vlm[part].parameters() for part in ("projector", "language")}
+    sizes = {part: size_of(vlm[part]) for part in ("projector", "language")}
     result |= {
         "tokens_a_picture": vlm.config.tokens_per_view,
-        "parameters": {k: sum(v.size for _, v in tree_flatten(p)) for k, p in sizes.items()},
+        "parameters": sizes,
         "commands": written,
         "cpu_s": round(time.process_time() - cpu, 1),
         "seconds": round(time.perf_counter() - started, 1),
