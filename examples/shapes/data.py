@@ -110,12 +110,14 @@ def describe_rows(scene: Scene, image: str) -> list[dict]:
 
 
 def chat_rows(scene: Scene, image: str) -> list[dict]:
-    """Two chats of four turns; in some of them one turn asks for a description."""
+    """Two chats of four turns; in some of them a turn asks for a description, a box, or something
+    that no picture here answers."""
     rng = random.Random(f"chat {scene.seed}")
     qas = ask_many(scene, 8, "chat")
-    whole = ask_one("describe", scene, "chat")
-    if whole is not None and rng.random() < 0.3:
-        qas[rng.randrange(len(qas))] = whole
+    for kind, share in (("describe", 0.3), ("box", 0.3), ("outside", 0.1)):
+        qa = ask_one(kind, scene, "chat")
+        if qa is not None and qas and rng.random() < share:
+            qas[rng.randrange(len(qas))] = qa
     chats = [chat for chat in (qas[:4], qas[4:]) if chat]
     return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(chats)]
 

@@ -5,7 +5,7 @@
     "bars"     a bar chart: 2 to 5 coloured bars of whole heights over a grid of lines
     "texture"  nothing drawn: blobs, gradients and grain, as photographs have them
 
-Things and prints stand anywhere, but apart: each in its own ninth of the picture, so that "top left"
+Things and prints stand anywhere, but each in its own ninth of the picture, so that "top left"
 means one of them, and never within `MARGIN` pixels of the line between two ninths.
 Every attribute is one word (`words`). Nothing here depends on hash order or on the clock.
 `drawing` makes the pictures.
