@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from .boxes import Box, parse
 from .errors import PromptError
 from .language.generate import check_settings, generate_tokens
 from .language.load import translate
@@ -35,6 +36,8 @@ class Reply:
     generation_tps: tokens a second after the first; 0 if there was but one.
     peak_memory_gb: the most that MLX has held in this process so far, in 10^9 bytes.
     finish_reason: "stop" (the end token came) or "length" (max_tokens or the context ran out).
+    boxes: places in a picture that the text names, as `boxes.parse` reads it; of several pictures
+        it does not say which. boxes_left_out: what looked like one and cannot be, with the reason.
     """
 
     text: str
@@ -46,6 +49,8 @@ class Reply:
     generation_tps: float
     peak_memory_gb: float
     finish_reason: str
+    boxes: list[Box]
+    boxes_left_out: list[str]
 
 
 @dataclass
@@ -152,8 +157,10 @@ def _chunks(
             pieces.append(detokenizer.add(token))
             yield Chunk(pieces[-1], token)
     pieces.append(detokenizer.finish())
+    text = "".join(pieces)
+    boxes, left_out = parse(text)
     reply = Reply(
-        text="".join(pieces),
+        text=text,
         tokens=tokens,
         prompt_tokens=len(prompt.tokens),
         generation_tokens=len(tokens),
@@ -162,6 +169,8 @@ def _chunks(
         generation_tps=(len(tokens) - 1) / max(now - first, 1e-9),
         peak_memory_gb=mx.get_peak_memory() / 1e9,
         finish_reason="stop" if tokens[-1] in stop_ids else "length",
+        boxes=boxes,
+        boxes_left_out=left_out,
     )
     yield Chunk(pieces[-1], None, reply)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_vlm import EOT, IMAGE, VOCAB, picture, tiny_config, tiny_vlm
 
+from mlxvlm.boxes import Box
 from mlxvlm.errors import ConfigError, PictureError, PromptError
 from mlxvlm.reply import context_length
 
@@ -115,6 +116,14 @@ def test_half_characters_are_held_back(vlm, monkeypatch):
     chunks = list(vlm.stream(QUESTION))
     assert [c.text for c in chunks] == ["", "é", "", "", "", "🙂", "!", "", "", "\ufffd"]
     assert chunks[-1].reply.text == "é🙂!\ufffd"
+
+
+def test_boxes_that_an_answer_names(vlm, monkeypatch):
+    ids = vlm.tokenizer.encode("star: [1, 2, 30, 40] [9, 9, 8, 8]")[0]
+    monkeypatch.setattr("mlxvlm.reply.generate_tokens", lambda *a, **k: (i for i in ids))
+    reply = vlm.generate(QUESTION)
+    assert reply.boxes == [Box("star", 1, 2, 30, 40)]
+    assert [why.partition(":")[0] for why in reply.boxes_left_out] == ["[9, 9, 8, 8]"]
 
 
 def test_a_seed_decides(vlm):
