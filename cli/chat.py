@@ -7,18 +7,19 @@ import shlex
 import sys
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mlxvlm.cli.boundary import describe
-from mlxvlm.errors import ConfigError, PictureError
+from mlxvlm.errors import ConfigError, PictureError, UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.chat import Conversation
-    from mlxvlm.reply import Chunk
+    from mlxvlm.cli.draw import Drawing
+    from mlxvlm.reply import Chunk, Reply
 
 HELP = """\
 /image PATH...  show pictures; the next question is about them (quote a path with spaces)
@@ -28,6 +29,9 @@ HELP = """\
 Ctrl-C stops an answer and keeps the conversation."""
 
 DEMO = "demo"
+# For what the small model does not know: LLaVA-1.5 7B in 4 bits, ungated.
+LARGER = "mlx-community/llava-1.5-7b-4bit"
+LARGER_SIZE = "4 GB"
 
 
 def chat(
@@ -79,6 +83,14 @@ def chat(
             help="One JSON object on stdout, timings too; without -p, stdin is the question.",
         ),
     ] = False,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            "--draw",
+            metavar="FILE",
+            help="Draw the boxes that an answer names on the last picture shown (PNG, JPEG, WebP).",
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="What tensors become. Default: as stored."),
@@ -93,6 +105,14 @@ def chat(
     """Talk about pictures: a prompt loop, or one answer with -p."""
     paths = [_checked(image) for image in images or []]
     question = _question(prompt, as_json)
+    drawing = None
+    if draw is not None:
+        from mlxvlm.cli.draw import Drawing
+
+        drawing = Drawing(draw, allow_urls, tell=_note)
+        drawing.check(paths)
+        if question is not None and not paths:
+            raise UsageError("--draw wants a picture to draw on: mlxvlm chat photo.jpg --draw ...")
 
     from mlxvlm.chat import Conversation
     from mlxvlm.machine import limits
@@ -107,8 +127,8 @@ def chat(
         report=lambda download: _note(str(download)),
     )
     if model is None and not as_json:
-        _note(vlm.config.about or "This is the small model that comes with mlxvlm.")
-        _note("-m names a real model: a folder or a hub id.")
+        about = vlm.config.about or "This is the small model that comes with mlxvlm."
+        _note(f"{about} -m names a real model: a folder or a hub id.")
     conversation = Conversation(
         vlm,
         system=_text(system),
@@ -119,19 +139,59 @@ def chat(
         seed=seed,
     )
     conversation.add(*paths)
+    talk = Talk(conversation, paths, drawing, hints=model is None)
     if question is None:
-        _loop(conversation)
+        _loop(talk)
     elif as_json:
         from mlxvlm.reply import last_reply
 
-        reply = asdict(last_reply(conversation.ask(question)))
-        del reply["tokens"]
-        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **reply}))
+        reply = last_reply(conversation.ask(question))
+        told = asdict(reply)
+        del told["tokens"]
+        if drawing:
+            drawn = drawing.answer(reply, paths)
+            told["drawn"] = None if drawn is None else str(drawn)
+        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **told}))
     else:
-        _say(conversation.ask(question))
+        talk.say(question, once=True)
 
 
-def _loop(conversation: Conversation) -> None:
+@dataclass
+class Talk:
+    """A conversation as the terminal has it.
+
+    pictures: paths and URLs of what it shows. hints: whether no model was named, so that a refusal
+    is to be followed, once, by a command that names one.
+    """
+
+    conversation: Conversation
+    pictures: list[str]
+    drawing: Drawing | None
+    hints: bool
+
+    def say(self, question: str, once: bool = False) -> None:
+        """Asks, streams the answer to stdout, and does what else is done with an answer."""
+        reply = _stream(self.conversation.ask(question))
+        if self.hints and reply.text.strip() == self.conversation.vlm.config.refusal != "":
+            self.hints = False
+            asked = ["-p", question] if once and question else []
+            command = shlex.join(["mlxvlm", "chat", *self.pictures, *asked, "-m", LARGER])
+            _note(f"For photographs name a model ({LARGER_SIZE} to download): {command}")
+        if self.drawing:
+            self.drawing.answer(reply, self.pictures)
+
+    def show(self, paths: list[str]) -> None:
+        if self.drawing:
+            self.drawing.check(paths)
+        self.conversation.add(*paths)
+        self.pictures = [*self.pictures, *paths]
+
+    def clear(self) -> None:
+        self.conversation.clear()
+        self.pictures = []
+
+
+def _loop(talk: Talk) -> None:
     """Reads lines until /exit or the end of input; each is a command or a question."""
     if sys.stdin.isatty():
         try:
@@ -156,14 +216,14 @@ def _loop(conversation: Conversation) -> None:
             if command == "/help":
                 _note(HELP)
             elif command == "/clear":
-                conversation.clear()
+                talk.clear()
                 _note("(forgotten, pictures too)")
             elif command == "/image":
-                _show(conversation, rest.strip())
+                _show(talk, rest.strip())
             elif command.startswith("/") and not line.startswith("//") and "/" not in command[1:]:
                 _note(f"There is no command {command}; /help lists them.")
             elif line:
-                _say(conversation.ask(line))
+                talk.say(line)
         except KeyboardInterrupt:
             _note("(stopped)")
         except Exception as error:
@@ -173,7 +233,7 @@ def _loop(conversation: Conversation) -> None:
             _note(f"mlxvlm: error: {message}")
 
 
-def _show(conversation: Conversation, rest: str) -> None:
+def _show(talk: Talk, rest: str) -> None:
     """/image: adds the pictures whose paths are in `rest`."""
     if not rest:
         raise PictureError("/image wants at least one path: /image cat.jpg 'my dog.png'")
@@ -182,21 +242,25 @@ def _show(conversation: Conversation, rest: str) -> None:
         paths = [rest] if Path(rest).expanduser().is_file() else shlex.split(rest)
     except ValueError:
         raise PictureError(f"the quotes in {rest!r} do not match.") from None
-    conversation.add(*[_checked(path) for path in paths])
-    waiting = conversation.waiting
+    talk.show([_checked(path) for path in paths])
+    waiting = talk.conversation.waiting
     _note(f"({waiting} picture{'s' if waiting > 1 else ''} for the next question)")
 
 
-def _say(chunks: Generator[Chunk, None, None]) -> None:
+def _stream(chunks: Generator[Chunk, None, None]) -> Reply:
     """Streams an answer to stdout and ends its line, also where it is cut short."""
+    reply = None
     with closing(chunks):
         try:
             for chunk in chunks:
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
+                reply = chunk.reply
         finally:
             sys.stdout.write("\n")
             sys.stdout.flush()
+    assert reply is not None  # the last chunk carries it
+    return reply
 
 
 def _read_line() -> str:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import mlxvlm  # noqa: E402
 from examples.shapes.evaluate import measure, measure_chats, measure_generated  # noqa: E402
+from examples.shapes.phrases import OUTSIDE, OUTSIDE_ASKS  # noqa: E402
 from examples.shapes.questions import SCORED  # noqa: E402
 from mlxvlm.cli.main import app  # noqa: E402
 
@@ -56,6 +57,12 @@ def test_chat_without_a_model_says_what_it_knows():
     told = json.loads(CliRunner().invoke(app, asked).stdout)
     assert told["text"] == "The red triangle is in the centre."
     assert told["prompt_tokens"] > 36 and told["time_to_first_token_s"] > 0
+
+
+def test_what_it_does_not_know_it_refuses_in_the_words_of_its_config(demo):
+    assert demo.config.refusal == OUTSIDE
+    result = CliRunner().invoke(app, ["chat", str(SCENE), "-p", OUTSIDE_ASKS[0]])
+    assert result.stdout == OUTSIDE + "\n" and f"{SCENE} -p" in result.stderr
 
 
 def test_any_text_and_any_picture_is_taken(demo):

@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+from examples.shapes.phrases import OUTSIDE
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = Path(__file__).resolve().parent / "recipe"
 ABOUT = (
@@ -47,7 +49,7 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
         "language": ["examples.shapes.language", "--out", language],
         "build": ["mlxvlm", "build", "--vision", encoder, "--language", language, "--out", base]
         + ["--projector-width", "160", "--projector-heads", "5", "--num-positions", "64"]
-        + ["--layout", "llama-3", "--about", ABOUT],
+        + ["--layout", "llama-3", "--about", ABOUT, "--refusal", OUTSIDE],
         "cache": ["mlxvlm", "cache-embeddings", data / "images", "--model", encoder]
         + ["--out", cache, "--codec", "float32", "--batch-size", "64"],
         "pretrain": ["mlxvlm", "pretrain", "--config", RECIPES / "pretrain.toml", "--model", base]
