@@ -8,6 +8,14 @@ import typer
 
 from mlxvlm.errors import UsageError
 
+# Flags that not every projector has, and those that do.
+OWN_FLAGS = {
+    "num_query_tokens": ("--num-query-tokens", ("c_abstractor", "resampler")),
+    "num_layers": ("--projector-layers", ("attention", "c_abstractor")),
+    "num_attention_heads": ("--projector-heads", ("attention", "resampler")),
+    "num_positions": ("--num-positions", ("attention",)),
+}
+
 
 def build(
     vision: Annotated[
@@ -17,24 +25,40 @@ def build(
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
     projector: Annotated[
-        Literal["attention", "mlp"],
-        typer.Option(help="Two self-attention blocks, or LLaVA's two linear layers."),
+        Literal["attention", "mlp", "c_abstractor", "resampler"],
+        typer.Option(
+            help="Self-attention blocks; LLaVA's two linear layers; Honeybee's convolutions around "
+            "a pooling, as in MM1.5; or MiniCPM-V's queries, which look at every patch."
+        ),
     ] = "attention",
     pool: Annotated[
         Literal["none", "mean2", "concat2", "concat3"],
         typer.Option(help="Fewer visual tokens: means, or neighbours side by side."),
     ] = "none",
+    num_query_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Visual tokens a view: c_abstractor's (a square) or resampler's. [144, 96]"
+        ),
+    ] = None,
     projector_width: Annotated[
         int, typer.Option(min=0, help="Width of the projector; 0 is its default.")
     ] = 0,
     projector_layers: Annotated[
-        int | None, typer.Option(min=1, help="Self-attention blocks of the projector. [2]")
+        int | None,
+        typer.Option(
+            min=1, help="Attention's blocks; c_abstractor's before, and after, its pooling. [2, 3]"
+        ),
     ] = None,
     projector_heads: Annotated[
-        int | None, typer.Option(min=0, help="Attention heads of its blocks. [0: width / 64]")
+        int | None,
+        typer.Option(
+            min=0, help="Heads of attention's blocks, or of resampler. [0: width / 64, / 128]"
+        ),
     ] = None,
     num_positions: Annotated[
-        int | None, typer.Option(min=0, help="Learned positions before its blocks. [0: none]")
+        int | None,
+        typer.Option(min=0, help="Learned positions before attention's blocks. [0: none]"),
     ] = None,
     resize: Annotated[
         Literal["squash", "crop", "pad"] | None,
@@ -103,17 +127,19 @@ def build(
     fields: dict[str, Any] = {name: given for name, given in limits.items() if given is not None}
     if fields and tiling != "dynamic":
         raise UsageError("--max-tiles, --min-tiles and --thumbnail belong to --tiling dynamic.")
-    blocks = {
+    given = {
+        "num_query_tokens": num_query_tokens,
         "num_layers": projector_layers,
         "num_attention_heads": projector_heads,
         "num_positions": num_positions,
     }
-    blocks = {name: given for name, given in blocks.items() if given is not None}
-    if blocks and projector != "attention":
-        raise UsageError(
-            "--projector-layers, --projector-heads and --num-positions belong to "
-            "--projector attention."
-        )
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        flag, kinds = OWN_FLAGS[name]
+        if projector not in kinds:
+            raise UsageError(
+                f"{flag} belongs to --projector {' or '.join(kinds)}, not {projector}."
+            )
     if tiling:
         fields["type"] = tiling
     if tiling == "dynamic":
@@ -123,7 +149,7 @@ def build(
     vlm = join(
         vision,
         language,
-        ProjectorConfig(type=projector, pool=pool, hidden_size=projector_width, **blocks),
+        ProjectorConfig(type=projector, pool=pool, hidden_size=projector_width, **given),
         tiling=fields,
         feature_layer=feature_layer,
         feature_norm=feature_norm,

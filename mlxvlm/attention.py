@@ -55,3 +55,34 @@ class SelfAttention(nn.Module):
             heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)), self.scale, mask
         )
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+
+class PackedAttention(nn.Module):
+    """Cross-attention with torch.nn.MultiheadAttention's parameters: q, k and v in one matrix."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        bound = (6 / (4 * hidden_size)) ** 0.5
+        self.in_proj_weight = mx.random.uniform(-bound, bound, (3 * hidden_size, hidden_size))
+        self.in_proj_bias = mx.zeros((3 * hidden_size,))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def __call__(
+        self, query: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None
+    ) -> mx.array:
+        """query [N, Q, D] looks at keys and values [N, L, D] -> [N, Q, D]; mask: bool, True where
+        it may, as `attention` takes it. One query [1, Q, D] may serve all N."""
+        N, _, D = keys.shape
+        weights = mx.split(self.in_proj_weight, 3)
+        biases = mx.split(self.in_proj_bias, 3)
+
+        def heads(y: mx.array, i: int) -> mx.array:
+            y = y @ weights[i].T + biases[i]
+            return y.reshape(*y.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
+
+        q = heads(query, 0)
+        q = mx.broadcast_to(q, (N, *q.shape[1:]))
+        scale = (D // self.num_heads) ** -0.5
+        out = attention(q, heads(keys, 1), heads(values, 2), scale, mask)
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(N, -1, D))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from .errors import ConfigError
 MODEL_TYPE = "mlxvlm"
 FORMAT_VERSION = 1
 POOLS = ("none", "mean2", "concat2", "concat3")
+# Projectors that give so many tokens a view, whatever the encoder gives them.
+NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96}
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -159,30 +162,60 @@ class ProjectorConfig:
     """From encoder tokens to the language model's embeddings.
 
     type: "attention" (Linear -> width, `num_layers` pre-norm self-attention blocks within a view,
-        norm, Linear -> language width) or "mlp" (LLaVA's Linear, GELU, Linear).
-    hidden_size: the blocks' width; 0 means the encoder's width.
-    num_attention_heads: 0 means hidden_size / 64, which keeps Metal's fused attention.
+        norm, Linear -> language width), "mlp" (LLaVA's Linear, GELU, Linear), "c_abstractor"
+        (Honeybee's and MM1's: residual convolutions around an adaptive average pooling) or
+        "resampler" (Qwen-VL's and MiniCPM-V's: learned queries look at every patch).
+    hidden_size: the blocks' width; 0 means the encoder's, but the language model's for mlp and
+        resampler, and Honeybee's 1024 for c_abstractor.
+    num_layers: self-attention blocks, or residual ones on each side of the abstractor's pooling;
+        0 means 2 of the first, 3 of the second.
+    num_attention_heads: 0 means hidden_size / 64, and / 128 for a resampler, which keeps Metal's
+        fused attention.
     intermediate_size: the blocks' MLP width; 0 means 4 x hidden_size.
     pool: "none", "mean2" (2x2 mean, parameter-free, may be cached), "concat2" or "concat3"
-        (2x2 or 3x3 neighbours side by side as one token).
-    num_positions: size of a learned position table after the first Linear; 0 means none, because
-        SigLIP's and CLIP's features know their places already.
+        (2x2 or 3x3 neighbours side by side as one token); it comes first.
+    num_query_tokens: what c_abstractor (a square number) and resampler give for a view; 0 means 144
+        and 96. The others give what `pool` leaves.
+    num_positions: size of attention's learned position table after the first Linear; 0 means none,
+        because SigLIP's and CLIP's features know their places already.
+    hidden_act: of attention, mlp and c_abstractor; empty means "silu" for the last, else "gelu".
+    bias: of the linear layers of attention and mlp.
     """
 
     type: str = "attention"
     hidden_size: int = 0
-    num_layers: int = 2
+    num_layers: int = 0
     num_attention_heads: int = 0
     intermediate_size: int = 0
     pool: str = "none"
+    num_query_tokens: int = 0
     num_positions: int = 0
-    hidden_act: str = "gelu"
+    hidden_act: str = ""
     layer_norm_eps: float = 1e-6
     bias: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("projector.type", self.type, ("attention", "mlp"))
+        _one_of("projector.type", self.type, ("attention", "mlp", "c_abstractor", "resampler"))
         _one_of("projector.pool", self.pool, POOLS)
+        convolves = self.type == "c_abstractor"
+        self.num_layers = self.num_layers or (3 if convolves else 2)
+        self.hidden_act = self.hidden_act or ("silu" if convolves else "gelu")
+        if self.num_query_tokens and self.type not in NUM_QUERY_TOKENS:
+            raise ConfigError(
+                f"projector.num_query_tokens (={self.num_query_tokens}) must be 0 for "
+                f"{self.type!r}, which gives what projector.pool leaves."
+            )
+        self.num_query_tokens = self.num_query_tokens or NUM_QUERY_TOKENS.get(self.type, 0)
+        if self.num_query_tokens < 0:
+            raise ConfigError(
+                f"projector.num_query_tokens (={self.num_query_tokens}) must be at least 1."
+            )
+        if convolves and math.isqrt(self.num_query_tokens) ** 2 != self.num_query_tokens:
+            side = math.isqrt(self.num_query_tokens)
+            raise ConfigError(
+                f"projector.num_query_tokens (={self.num_query_tokens}) must be a square number "
+                f"for 'c_abstractor': {side**2} or {(side + 1) ** 2}."
+            )
 
 
 @dataclass
@@ -251,7 +284,7 @@ class ModelConfig:
     @property
     def tokens_per_view(self) -> int:
         """Visual tokens that the language model sees for one view."""
-        return pooled_tokens(self.vision, self.projector.pool)
+        return visual_tokens(self.vision, self.projector)
 
     @property
     def encoder_pool(self) -> str:
@@ -327,16 +360,26 @@ def is_adapter(name: str) -> bool:
 
 
 def pooled_tokens(vision: VisionConfig, pool: str) -> int:
-    """Tokens per view after `pool`: the grid is padded up to a multiple of the window."""
-    if pool == "none":
-        return vision.num_tokens
+    """Tokens per view after `pool`."""
+    return vision.num_tokens if pool == "none" else pooled_side(vision, pool, f"pool {pool!r}") ** 2
+
+
+def pooled_side(vision: VisionConfig, pool: str, asker: str) -> int:
+    """Tokens along a side after `pool`: the grid is padded up to a multiple of the window.
+
+    asker: what cannot do without a grid, for the error where a view's tokens are none.
+    """
     if vision.num_tokens != vision.grid**2:
         raise ConfigError(
-            f"pool {pool!r} needs the whole square grid of patches: set "
+            f"{asker} needs the whole square grid of patches: set "
             "vision.vision_feature_select_strategy to 'default' for CLIP, 'full' for SigLIP."
         )
-    window = int(pool[-1])
-    return (-(-vision.grid // window)) ** 2
+    return vision.grid if pool == "none" else -(-vision.grid // int(pool[-1]))
+
+
+def visual_tokens(vision: VisionConfig, projector: ProjectorConfig) -> int:
+    """Tokens that the projector gives the language model for a view."""
+    return projector.num_query_tokens or pooled_tokens(vision, projector.pool)
 
 
 def read_dataclass(cls: type[T], raw: dict[str, Any], where: str) -> T:

@@ -62,7 +62,7 @@ class VLM(nn.Module):
     def projected_encoder(self) -> ProjectedEncoder:
         """Encoder and projector as one, for a cache of what the language model sees."""
         width = language_width(self.config.language)
-        return ProjectedEncoder(self.encoder, self.projector, self.config.tokens_per_view, width)
+        return ProjectedEncoder(self.encoder, self.projector, self.config, width)
 
     def look(
         self, images: Sequence[Any], max_tiles: int | None = None, allow_urls: bool = False

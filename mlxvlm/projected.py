@@ -6,12 +6,14 @@ where the projector trains no more and pools: nothing is left to run before the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import ModelConfig
 from .dtypes import dtype_of
 from .images.picture import Features, Picture
 from .vision.encoder import Encoder, digest_of, tensors_of
@@ -21,9 +23,10 @@ class ProjectedEncoder:
     """Looks as its encoder does, and encodes through the projector. tokens and width are of a view
     as the language model takes it."""
 
-    def __init__(self, encoder: Encoder, projector: nn.Module, tokens: int, width: int):
+    def __init__(self, encoder: Encoder, projector: nn.Module, config: ModelConfig, width: int):
         self.encoder, self.projector = encoder, projector
-        self.tiling, self.tokens, self.width = encoder.tiling, tokens, width
+        self.choice, self.tokens = config.projector, config.tokens_per_view
+        self.tiling, self.width = encoder.tiling, width
 
     def look(
         self, images: Iterable[Any], max_tiles: int | None = None, allow_urls: bool = False
@@ -40,6 +43,8 @@ class ProjectedEncoder:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """The encoder's identity, and the projector's tensors by name, shape, dtype and bytes."""
+        """The encoder's identity, the projector's choices, because heads or an adaptive pooling
+        are in no tensor, and its tensors by name, shape, dtype and bytes."""
+        choices = {f"projector.{k}": v for k, v in dataclasses.asdict(self.choice).items()}
         projector = digest_of(tensors_of(self.projector))
-        return {**self.encoder.identity(), "at": "projector", "projector": projector}
+        return {**self.encoder.identity(), "at": "projector", "projector": projector, **choices}

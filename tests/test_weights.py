@@ -621,7 +621,7 @@ def test_build_command(tmp_path: Path) -> None:
     assert vlm.config.refusal == "No."
     with pytest.raises(UsageError, match="holds a model already"):
         run(build, *parts, *shape, "--out", out)
-    with pytest.raises(UsageError, match="belong to --projector attention"):
+    with pytest.raises(UsageError, match="--projector-heads belongs to --projector attention or"):
         run(build, *parts, *shape, "--projector", "mlp", "--out", tmp_path / "mlp")
     with pytest.raises(PromptError, match="control tokens that this tokenizer lacks: </s>"):
         run(build, *parts, "--layout", "vicuna_v1", "--out", tmp_path / "vicuna")

@@ -155,7 +155,7 @@ def load_projected(
     stored = holder.vision.embeddings.patch_embedding.weight.dtype
     _, tiles = encoder_configs(checkpoint, family, tiling=tiling)
     encoder = Encoder(holder.vision, config.vision, tiles, config.encoder_pool, stored)
-    return ProjectedEncoder(encoder, projector, config.tokens_per_view, width)
+    return ProjectedEncoder(encoder, projector, config, width)
 
 
 def load_siglip(

@@ -122,7 +122,8 @@ def _levers(study: Study) -> list[_Lever]:
                 "build it on one of mlx-community's",
             )
         )
-    if model.projector.pool == "none" and not config.targets and not study.base.cached:
+    pools = model.projector.pool == "none" and not model.projector.num_query_tokens
+    if pools and not config.targets and not study.base.cached:
         levers.append(
             _Lever(
                 lambda v: "--pool mean2 in `mlxvlm build`",

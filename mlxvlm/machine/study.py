@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import pooled_tokens
+from ..config import visual_tokens
 from ..data.feed import Feed
 from ..data.samples import Sample
 from ..data.split import split
@@ -113,7 +113,8 @@ class Study:
         if not variant.pool:
             return self.samples
         before = self.vlm.config.tokens_per_view
-        after = pooled_tokens(self.vlm.config.vision, variant.pool)
+        projector = dataclasses.replace(self.vlm.config.projector, pool=variant.pool)
+        after = visual_tokens(self.vlm.config.vision, projector)
         return [with_fewer_visual(sample, before, after) for sample in self.samples]
 
     def _feed(self, variant: Variant) -> Feed:

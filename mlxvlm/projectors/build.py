@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from ..config import ProjectorConfig, VisionConfig, pooled_tokens
+from ..config import ProjectorConfig, VisionConfig, pooled_side, pooled_tokens
 from .attention import AttentionProjector
+from .c_abstractor import CAbstractor
 from .mlp import MLPProjector
+from .resampler import Resampler
+
+Projector = AttentionProjector | MLPProjector | CAbstractor | Resampler
 
 
 def build_projector(
     config: ProjectorConfig, vision: VisionConfig, language_width: int
-) -> AttentionProjector | MLPProjector:
+) -> Projector:
     """The projector that `config.type` names, between these two widths, with random weights."""
+    width, grid = vision.hidden_size, vision.grid
     tokens = pooled_tokens(vision, config.pool)
     if config.type == "mlp":
-        return MLPProjector(config, vision.hidden_size, language_width, vision.grid)
-    return AttentionProjector(config, vision.hidden_size, language_width, vision.grid, tokens)
+        return MLPProjector(config, width, language_width, grid)
+    if config.type in ("c_abstractor", "resampler"):
+        pooled_side(vision, config.pool, f"projector {config.type!r}")
+        make = CAbstractor if config.type == "c_abstractor" else Resampler
+        return make(config, width, language_width, grid)
+    return AttentionProjector(config, width, language_width, grid, tokens)

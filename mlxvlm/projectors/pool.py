@@ -19,7 +19,8 @@ class Pool:
         self.grid = grid
         self.window = 1 if pool == "none" else int(pool[-1])
         self.factor = self.window**2 if pool.startswith("concat") else 1
-        self.tokens = (-(-grid // self.window)) ** 2
+        self.side = -(-grid // self.window)
+        self.tokens = self.side**2
 
     def __call__(self, x: mx.array) -> mx.array:
         T = x.shape[1]

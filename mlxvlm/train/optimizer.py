@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .stages import TrainConfig
 
 # Tables and heads, which Muon leaves to AdamW: their rows are words, not directions.
-TABLES = ("embed", "wte", "lm_head", "output.weight", "position")
+TABLES = ("embed", "wte", "lm_head", "output.weight", "position", "projector.query")
 
 
 class Muon(optim.Muon):

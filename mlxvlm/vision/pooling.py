@@ -1,6 +1,7 @@
 """Fewer tokens from a square grid of them, over views [N, g*g, D] in rows.
 
-An odd grid is padded at the right and bottom: 27 with a window of 2 gives 14, so 729 -> 196.
+For `mean2` and `concat` an odd grid is padded at the right and bottom: 27 with a window of 2 gives
+14, so 729 -> 196.
 """
 
 from __future__ import annotations
@@ -24,6 +25,24 @@ def concat(x: mx.array, grid: int, window: int) -> mx.array:
     """[N, g*g, D] -> [N, ceil(g/w)^2, w*w*D]: the tokens of a w x w cell, in rows, as one."""
     side = -(-grid // window)
     return _cells(x, grid, window).reshape(x.shape[0], side * side, -1)
+
+
+def adaptive_mean(x: mx.array, side: int) -> mx.array:
+    """[N, H, W, D] -> [N, side, side, D]: means of bins that cover the grid evenly.
+
+    Bin i goes from floor(i n / side) to ceil((i + 1) n / side), as torch's adaptive_avg_pool2d has
+    it, so bins overlap where n does not divide: 27 to 12 has bins of 3 and 4.
+    """
+    out = x.astype(mx.float32)
+    for axis in (1, 2):
+        n = out.shape[axis]
+        bins = [range(i * n // side, -(-(i + 1) * n // side)) for i in range(side)]
+        means = [
+            (out[:, b.start : b.stop] if axis == 1 else out[:, :, b.start : b.stop]).mean(axis)
+            for b in bins
+        ]
+        out = mx.stack(means, axis)
+    return out.astype(x.dtype)
 
 
 def _cells(x: mx.array, grid: int, window: int) -> mx.array:

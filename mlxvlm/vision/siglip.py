@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..attention import attention
+from ..attention import PackedAttention
 from ..config import VisionConfig
 from ..errors import ConfigError
 from .blocks import MLP, Blocks, layer_number
@@ -30,32 +30,6 @@ class SiglipEmbeddings(nn.Module):
         return self.patch_embedding(pixels) + self.position_embedding.weight
 
 
-class PackedAttention(nn.Module):
-    """Cross-attention with torch.nn.MultiheadAttention's parameters: q, k and v in one matrix."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        bound = (6 / (4 * hidden_size)) ** 0.5
-        self.in_proj_weight = mx.random.uniform(-bound, bound, (3 * hidden_size, hidden_size))
-        self.in_proj_bias = mx.zeros((3 * hidden_size,))
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-
-    def __call__(self, query: mx.array, x: mx.array) -> mx.array:
-        """query [N, Q, D] attends to x [N, L, D] -> [N, Q, D]"""
-        N, Q, D = query.shape
-        weights = mx.split(self.in_proj_weight, 3)
-        biases = mx.split(self.in_proj_bias, 3)
-
-        def heads(y: mx.array, i: int) -> mx.array:
-            y = y @ weights[i].T + biases[i]
-            return y.reshape(N, y.shape[1], self.num_heads, -1).transpose(0, 2, 1, 3)
-
-        scale = (D // self.num_heads) ** -0.5
-        out = attention(heads(query, 0), heads(x, 1), heads(x, 2), scale)
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(N, Q, D))
-
-
 class AttentionPool(nn.Module):
     """SigLIP's head: one learned query looks at every token, then an MLP. [N, L, D] -> [N, D]"""
 
@@ -69,7 +43,7 @@ class AttentionPool(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         N, _, D = x.shape
-        pooled = self.attention(mx.broadcast_to(self.probe, (N, 1, D)), x)
+        pooled = self.attention(mx.broadcast_to(self.probe, (N, 1, D)), x, x)
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 

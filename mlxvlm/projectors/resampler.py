@@ -1,0 +1,106 @@
+"""The resampler of Qwen-VL and MiniCPM-V: learned queries look at the patches, once.
+
+Bai et al. 2023, https://arxiv.org/abs/2308.12966; as in MiniCPM-Llama3-V 2.5 the keys carry the
+places of the patches, and queries and values none. Parameters have the published names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..attention import PackedAttention
+from ..config import ProjectorConfig
+from ..errors import ConfigError
+from .pool import Pool
+
+
+class Resampler(nn.Module):
+    """[N, T, Dv] -> [N, num_query_tokens, Dl]; a view is a row, so views never see each other.
+
+    pool, kv_proj and ln_kv; ln_q's queries attend; ln_post, and a matrix `proj` from the right.
+    """
+
+    def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
+        super().__init__()
+        width = config.hidden_size or language_width
+        heads = config.num_attention_heads or max(1, width // 128)
+        if width % heads or width % 4:
+            raise ConfigError(
+                f"a resampler's width (={width}) must be divisible by 4, for sines and cosines of "
+                f"rows and columns, and by its num_attention_heads (={heads}): set "
+                "projector.hidden_size or projector.num_attention_heads."
+            )
+        self.pool = Pool(config.pool, grid)
+        channels, eps = vision_width * self.pool.factor, config.layer_norm_eps
+        self.query = _small(config.num_query_tokens, width)
+        if channels != width:
+            self.kv_proj = nn.Linear(channels, width, bias=False)
+            self.kv_proj.weight = _small(width, channels)
+        self.attn = PackedAttention(width, heads)
+        self.attn.out_proj.weight = _small(width, width)
+        self.attn.out_proj.bias = mx.zeros((width,))
+        self.ln_q = nn.LayerNorm(width, eps=eps)
+        self.ln_kv = nn.LayerNorm(width, eps=eps)
+        self.ln_post = nn.LayerNorm(width, eps=eps)
+        self.proj = mx.random.normal((width, language_width), scale=width**-0.5)
+
+    def __call__(self, x: mx.array, sizes: Sequence[tuple[int, int]] | None = None) -> mx.array:
+        """sizes: (rows, columns) of each view's patches, which come first among its T tokens; by
+        default all have the encoder's square grid, pooled as the projector says."""
+        if sizes is None:
+            x = self.pool(x)
+            sizes = [(self.pool.side, self.pool.side)] * x.shape[0]
+        T = x.shape[1]
+        different = sorted(set(sizes))
+        fits = max(h * w for h, w in different) <= T
+        if not fits or (len(different) == 1 and different[0][0] * different[0][1] != T):
+            grids = ", ".join(f"{h} x {w}" for h, w in different)
+            raise ConfigError(
+                f"the projector takes views of {grids} tokens, but the features have {T} a view."
+            )
+        if "kv_proj" in self:
+            x = self.kv_proj(x)
+        values = self.ln_kv(x)
+        keys = values + self._places(sizes, different, T).astype(values.dtype)
+        mask = None
+        if len(different) > 1:
+            counts = mx.array([h * w for h, w in sizes])
+            mask = (mx.arange(T) < counts[:, None])[:, None, None]
+        out = self.attn(self.ln_q(self.query)[None], keys, values, mask)
+        return self.ln_post(out) @ self.proj
+
+    def _places(
+        self, sizes: Sequence[tuple[int, int]], different: list[tuple[int, int]], tokens: int
+    ) -> mx.array:
+        """[1 or N, tokens, D] for the keys, zeros where a view has no patch"""
+        width = self.query.shape[1]
+        table = np.zeros((len(different), tokens, width), np.float32)
+        for row, (h, w) in enumerate(different):
+            table[row, : h * w] = sincos(h, w, width)
+        found = mx.array(table)
+        if len(different) == 1:
+            return found
+        return found[mx.array([different.index(size) for size in sizes])]
+
+
+@lru_cache(maxsize=8)
+def sincos(height: int, width: int, dim: int) -> np.ndarray:
+    """[height * width, dim] float32, places in rows: the first half says the column, the second
+    the row, each as the sines and then the cosines of it / 10000^(i / (dim / 4)).
+
+    As MAE has it (He et al. 2021), two-dimensional from Vaswani et al. 2017.
+    """
+    rows, columns = np.divmod(np.arange(height * width), width)
+    rates = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
+    angles = [place[:, None] * rates for place in (columns, rows)]
+    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _small(*shape: int) -> mx.array:
+    return 0.02 * mx.random.truncated_normal(-2, 2, shape)
