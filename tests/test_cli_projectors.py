@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -145,8 +146,6 @@ def test_a_cache_behind_one_projector_is_not_anothers(place, tmp_path):
     ],
 )
 def test_what_build_refuses(place, tmp_path, kind, flags, told):
-    import re
-
     done = build(place, kind, *flags, "--out", tmp_path / "out")
     words = " ".join(done.stderr.split())
     assert done.exit_code and re.search(told, words), done.output
