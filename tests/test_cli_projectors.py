@@ -17,6 +17,9 @@ from typer.testing import CliRunner, Result
 from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cli.main import app
 from mlxvlm.errors import CacheError
+from mlxvlm.machine.remedies import _levers
+from mlxvlm.machine.study import Study
+from mlxvlm.train.stages import stage_config
 from mlxvlm.weights.load import load, load_projected
 from mlxvlm.weights.save import save
 
@@ -98,8 +101,13 @@ def test_from_build_to_chat(place, tmp_path, choice):
     np.testing.assert_allclose(losses(tuned), losses(tmp_path / "tuned uncached"), rtol=1e-5)
 
     plan = ["plan", "pretrain", "-m", base, *data[:4], *images, "--out", tmp_path / "x"]
-    told = json.loads(right(*plan, "--memory", "16GB", "--json").stdout)
+    told = json.loads(right(*plan, "--memory", "16GB", "--steps", 0, "--json").stdout)
     assert told["fits"] is True
+    flags = {"model": base, "data": place / "rows.jsonl", "images": place / "images", "out": "x"}
+    study = Study(stage_config("pretrain", {name: str(flag) for name, flag in flags.items()}))
+    assert study.step().weights["projector"] == sum(v.nbytes for v in before.values())
+    # No pooling in front changes how many tokens these give, so none is a way to save memory.
+    assert not any("--pool" in lever.flag(study.base) for lever in _levers(study))
     image, ask = place / "images" / "0.png", ["-p", "What?", "--max-tokens", 3, "--json"]
     reply = json.loads(right("chat", image, "-m", tuned, *ask).stdout)
     blind = json.loads(right("chat", "-m", tuned, *ask).stdout)
