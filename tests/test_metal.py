@@ -92,6 +92,26 @@ def test_attention_in_bfloat16(dim, length):
         assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max(), name
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries", [SHORT_QUERIES, 96])
+def test_a_resampler_attention_and_its_gradient(queries, masked):
+    """More keys than queries, as a resampler has them, with and without views of unlike sizes."""
+    rng = np.random.default_rng(queries)
+    q, cotangent = (rng.standard_normal((B, H, queries, 128), dtype=np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((B, H, 130, 128), dtype=np.float32) for _ in range(2))
+    there = np.arange(130) < np.array([130, 70 if masked else 130])[:, None, None, None]
+    mask = mx.array(there.tolist()) if masked else None
+
+    def loss(q, k, v):
+        return (attention(q, k, v, 0.1, mask) * mx.array(cotangent)).sum()
+
+    arrays = [mx.array(x) for x in (q, k, v)]
+    found = [attention(*arrays, 0.1, mask), *mx.grad(loss, (0, 1, 2))(*arrays)]
+    wanted = reference(q, k, v, cotangent, 0.1, there)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        np.testing.assert_allclose(np.array(a), b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("length", [1, SHORT_QUERIES, SHORT_QUERIES + 1])
 def test_few_queries_avoid_the_short_query_kernel(length, monkeypatch):
     """Metal's short-query kernel has no backward; an array mask keeps MLX off it."""

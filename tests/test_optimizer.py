@@ -119,6 +119,7 @@ def test_every_rule_goes_down(name):
 def test_muon_takes_matrices_with_steps_as_large_as_adamws():
     now = parameters() | {"language.model.embed_tokens.weight": mx.ones((8, 4))}
     now["language.mlp.weight"] = mx.random.normal((64, 32))
+    now["projector.query"] = mx.ones((8, 4))
     grads = {k: mx.random.normal(v.shape, key=mx.random.key(len(k))) for k, v in now.items()}
     config = TrainConfig(train="projector,lm", learning_rate=0.1, optimizer="muon")
     optimizer = Optimizer(config, now)
