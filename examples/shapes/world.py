@@ -34,7 +34,7 @@ COLORS = {
     "black": (28, 28, 32),
 }
 INKS = tuple(color for color in COLORS if color != "yellow")  # yellow letters cannot be read
-RADII = {"small": (5.6, 6.6), "medium": (8.2, 9.4), "big": (11.4, 13.2)}
+RADII = {"small": (6.0, 6.8), "medium": (8.4, 9.4), "big": (11.4, 13.2)}
 SIZES = tuple(RADII)
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
@@ -205,9 +205,9 @@ def make_scene(seed: int) -> Scene:
     (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
     look = Look(
         rng.choice(PATTERNS) if kind in ("shapes", "printed") else "plain",
-        rng.uniform(2.0, 9.0) if rng.random() < 0.3 else 0.0,
-        rng.uniform(0.8, 1.08) if rng.random() < 0.3 else 1.0,
-        rng.randint(30, 90) if rng.random() < 0.3 else 0,
+        rng.uniform(2.0, 7.0) if rng.random() < 0.25 else 0.0,
+        rng.uniform(0.85, 1.06) if rng.random() < 0.25 else 1.0,
+        rng.randint(40, 90) if rng.random() < 0.25 else 0,
     )
     if kind == "bars":
         return Scene(seed, paper, look, bars=_bars(rng))
@@ -249,7 +249,7 @@ def _prints(rng: random.Random, count: int) -> list[Print]:
     for color in rng.sample(INKS, count):
         text = str(rng.choice(PRINTED_NUMBERS)) if rng.random() < 0.5 else rng.choice(WORDS)
         if text not in [other.text for other in found]:
-            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(10.5, 14.0)))
+            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(13.0, 16.0)))
     return found
 
 
