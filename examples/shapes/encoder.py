@@ -16,6 +16,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,10 @@ from examples.shapes.phrases import COORDINATES, coordinate
 from examples.shapes.world import (
     COLORS,
     MAX_HEIGHT,
+    MAX_PRINTS,
     NUMBERS,
     PATCH,
+    PRINT_HEIGHTS,
     SHAPES,
     SIZE,
     SIZES,
@@ -40,6 +43,7 @@ from examples.shapes.world import (
     Print,
     Scene,
     Thing,
+    make_prints,
     make_scene,
     seeds,
 )
@@ -74,7 +78,8 @@ SEEN = 7  # groups that must be right for an item to count as seen; edges are re
 CLASSES = sum(len(group) for group in GROUPS)
 QUERIES = 9 + 5  # the picture's ninths, and the places of bars from left to right
 NONE_WEIGHT = 0.2
-SKIP_UNPRINTED = 0.4  # reading takes longest to learn
+PAGES = 0.4  # of the pictures: reading takes longest to learn
+IGNORE = -1  # the class of what is not asked
 
 
 class Teacher(nn.Module):
@@ -119,7 +124,7 @@ def classes(item: Thing | Print | Bar | None) -> list[int]:
 
 
 def labels(scene: Scene) -> np.ndarray:
-    """[patches + QUERIES, groups] classes."""
+    """[patches + QUERIES, groups] classes; of a page the slots are not asked."""
     slots: list[Thing | Print | Bar | None] = [None] * QUERIES
     for item in scene.items:
         slots[3 * item.row + item.column] = item
@@ -127,14 +132,15 @@ def labels(scene: Scene) -> np.ndarray:
         slots[9 + i] = bar
     found = np.array([classes(item) for item in [*patch_items(scene), *slots]], np.int32)
     found[:-QUERIES, -1] = [GROUPS[-1].index(letter) for letter in patch_letters(scene)]
+    if len(scene.prints) > MAX_PRINTS:
+        found[-QUERIES:] = IGNORE
     if scene.kind == "texture":
         found[:-QUERIES, 0] = GROUPS[0].index("texture")
     return found
 
 
-def batch(found: list[int]) -> tuple[mx.array, mx.array]:
-    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some seeds."""
-    scenes = [make_scene(seed) for seed in found]
+def batch(scenes: list[Scene]) -> tuple[mx.array, mx.array]:
+    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some scenes."""
     pixels = np.stack([np.asarray(draw(scene)) for scene in scenes]).astype(np.float32)
     return mx.array(pixels / 127.5 - 1), mx.array(np.stack([labels(scene) for scene in scenes]))
 
@@ -144,8 +150,8 @@ def loss(model: Teacher, pixels: mx.array, target: mx.array) -> mx.array:
     total, at = mx.array(0.0), 0
     for i, group in enumerate(GROUPS):
         wanted = target[..., i]
-        ce = nn.losses.cross_entropy(logits[..., at : at + len(group)], wanted)
-        weight = mx.where(wanted > 0, 1.0, NONE_WEIGHT)
+        ce = nn.losses.cross_entropy(logits[..., at : at + len(group)], mx.maximum(wanted, 0))
+        weight = mx.where(wanted > 0, 1.0, mx.where(wanted == 0, NONE_WEIGHT, 0.0))
         total = total + WEIGHTS[i] * (ce * weight).sum() / weight.sum()
         at += len(group)
     return total
@@ -158,7 +164,7 @@ def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[s
     source = seeds(split)
     ends = np.cumsum([len(group) for group in GROUPS])[:-1]
     for _ in range(0, count, 32):
-        pixels, target = batch([next(source) for _ in range(32)])
+        pixels, target = batch([make_scene(next(source)) for _ in range(32)])
         parts = np.split(np.array(model(pixels)), ends, axis=-1)
         guesses.append(np.stack([part.argmax(-1) for part in parts], axis=-1))
         targets.append(np.array(target))
@@ -180,11 +186,31 @@ def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[s
     return {name: float(values.mean()) for name, values in found.items()}
 
 
-def practice(start: int = 0) -> Iterator[int]:
-    """Seeds of training scenes, far from those of the chat, half of them with something to read."""
+def page(seed: int) -> Scene:
+    """Lines of print from edge to edge: what teaches to read, many letters at a time."""
+    rng = random.Random(f"page {seed}")
+    like = make_scene(seed)
+    prints, y = [], rng.uniform(0, 4)
+    while True:
+        height = rng.uniform(*PRINT_HEIGHTS)
+        x, y = rng.uniform(0, 8), y + height
+        if y > SIZE - 2:
+            return replace(like, things=(), bars=(), prints=tuple(prints))
+        while True:
+            (made,) = make_prints(rng, 1)
+            made = replace(made, height=height)
+            wide, _ = made.reach
+            if x + 2 * wide > SIZE:
+                break
+            prints.append(replace(made, x=x + wide, y=y - height / 2))
+            x += 2 * wide + rng.uniform(2, 8)
+        y += rng.uniform(2, 6)
+
+
+def practice(start: int = 0) -> Iterator[Scene]:
+    """Training scenes, far from those of the chat, and pages."""
     for seed in seeds("train", 500_000_000 + start):
-        if make_scene(seed).prints or random.Random(f"skip {seed}").random() > SKIP_UNPRINTED:
-            yield seed
+        yield page(seed) if random.Random(f"page? {seed}").random() < PAGES else make_scene(seed)
 
 
 def train(

@@ -36,6 +36,7 @@ COLORS = {
 INKS = tuple(color for color in COLORS if color != "yellow")  # yellow letters cannot be read
 RADII = {"small": (6.0, 6.8), "medium": (8.4, 9.4), "big": (11.4, 13.2)}
 SIZES = tuple(RADII)
+PRINT_HEIGHTS = (13.0, 16.0)  # of capitals and digits, in pixels
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -217,7 +218,7 @@ def make_scene(seed: int) -> Scene:
     if kind == "shapes":
         wanted += _things(rng)
     if kind == "printed" or rng.random() < PRINT_BESIDE_SHAPES:
-        wanted += _prints(rng, rng.randint(1, MAX_PRINTS) if kind == "printed" else 1)
+        wanted += make_prints(rng, rng.randint(1, MAX_PRINTS) if kind == "printed" else 1)
     placed = _place(wanted, rng)
     placed.sort(key=lambda item: (item.row, item.column))
     things = tuple(item for item in placed if isinstance(item, Thing))
@@ -243,13 +244,13 @@ def _things(rng: random.Random) -> list[Thing]:
     return things
 
 
-def _prints(rng: random.Random, count: int) -> list[Print]:
+def make_prints(rng: random.Random, count: int) -> list[Print]:
     """Prints that have no place yet, each of its own colour and text."""
     found = []
     for color in rng.sample(INKS, count):
         text = str(rng.choice(PRINTED_NUMBERS)) if rng.random() < 0.5 else rng.choice(WORDS)
         if text not in [other.text for other in found]:
-            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(13.0, 16.0)))
+            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(*PRINT_HEIGHTS)))
     return found
 
 
