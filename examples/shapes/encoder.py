@@ -169,8 +169,8 @@ def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[s
         guesses.append(np.stack([part.argmax(-1) for part in parts], axis=-1))
         targets.append(np.array(target))
     guess, wanted = np.concatenate(guesses), np.concatenate(targets)
-    ok = (guess == wanted)[..., :SEEN].all(-1)
-    held = (wanted[..., :SEEN] > 0).any(-1)
+    ok = np.array((guess == wanted)[..., :SEEN].all(-1))
+    held = np.array((wanted[..., :SEEN] > 0).any(-1))
     near = abs(guess - wanted)[..., SEEN:-1] <= 1
     patches, slots = np.s_[:, :-QUERIES], np.s_[:, -QUERIES:]
     found = {

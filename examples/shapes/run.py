@@ -64,8 +64,8 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
         found["encoder"] += ["--steps", "4", "--batch-size", "4", "--eval", "32"]
         found["pretrain"] += ["--iters", "4", "--batch-size", "2"]
         found["sft"] += ["--iters", "3", "--batch-size", "2"]
-        found["evaluate"] += ["--scenes", "2", "--blind-scenes", "20"]
-        found["evaluate"] += ["--generate", "2", "--chats", "1"]
+        found["evaluate"] += ["--each", "2", "--blind-scenes", "20"]
+        found["evaluate"] += ["--boxes", "2", "--generate", "1", "--chats", "1"]
     return {stage: [str(part) for part in parts] for stage, parts in found.items()}
 
 
