@@ -875,8 +875,6 @@ def test_the_recipe_runs_at_toy_length(tmp_path):
     steps = [json.loads(line) for line in lines]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert all(step["ground_loss"] > 0 and step["align_loss"] > 0 for step in steps)
-    # Few questions have a second step; not each batch holds one.
-    assert any(step.get("follow_loss", 0) > 0 for step in steps)
     shipped = {file.name for file in (tmp_path / "shipped").iterdir()}
     assert shipped == {"config.json", "model.safetensors", "tokenizer.json"} | {
         "tokenizer_config.json"
