@@ -678,6 +678,20 @@ def test_rows_carry_targets_in_the_trainers_form():
     assert {len(row["messages"]) for row in data.chat_rows(first("shapes"), "a.png")} == {8}
 
 
+def test_empty_patches_say_the_place_that_holds_most_of_them():
+    side = world.SIZE // world.PATCH
+    checked = 0
+    for scene in DRAWN[:80]:
+        held = drawing.patch_items(scene)
+        for target in data.align(scene):
+            if held[target["token"]] is None:
+                y, x = (i * world.PATCH + world.PATCH / 2 for i in divmod(target["token"], side))
+                words = world.place_words(int(y // world.CELL), int(x // world.CELL))
+                assert target["words"] == ["nothing", *words], (scene.seed, target)
+                checked += 1
+    assert checked > 100
+
+
 # The tokenizer
 
 

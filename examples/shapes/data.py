@@ -73,7 +73,7 @@ def align(scene: Scene) -> list[dict[str, Any]]:
     if scene.items:
         rng = random.Random(f"empty {scene.seed}")
         for token in sorted(rng.sample(empty, min(EMPTY_PATCHES, len(empty)))):
-            row, column = (PATCH * i // CELL for i in divmod(token, side))
+            row, column = ((PATCH * i + PATCH // 2) // CELL for i in divmod(token, side))
             words = [ABSENT, *place_words(row, column)]
             found.append({"image": 0, "token": token, "words": words})
     return found
