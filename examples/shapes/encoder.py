@@ -30,11 +30,11 @@ from examples.shapes.drawing import box, draw, patch_items, patch_letters
 from examples.shapes.phrases import COORDINATES, coordinate
 from examples.shapes.world import (
     COLORS,
+    LINE,
     MAX_HEIGHT,
     MAX_PRINTS,
     NUMBERS,
     PATCH,
-    PRINT_HEIGHTS,
     SHAPES,
     SIZE,
     SIZES,
@@ -45,6 +45,7 @@ from examples.shapes.world import (
     Thing,
     make_prints,
     make_scene,
+    on_line,
     seeds,
 )
 from mlxvlm.attention import SelfAttention
@@ -190,21 +191,17 @@ def page(seed: int) -> Scene:
     """Lines of print from edge to edge: what teaches to read, many letters at a time."""
     rng = random.Random(f"page {seed}")
     like = make_scene(seed)
-    prints, y = [], rng.uniform(0, 4)
-    while True:
-        height = rng.uniform(*PRINT_HEIGHTS)
-        x, y = rng.uniform(0, 8), y + height
-        if y > SIZE - 2:
-            return replace(like, things=(), bars=(), prints=tuple(prints))
-        while True:
+    prints = []
+    for line in range(SIZE // LINE):
+        x = rng.uniform(0, 8)
+        while rng.random() < 0.9:
             (made,) = make_prints(rng, 1)
-            made = replace(made, height=height)
             wide, _ = made.reach
             if x + 2 * wide > SIZE:
                 break
-            prints.append(replace(made, x=x + wide, y=y - height / 2))
+            prints.append(replace(made, x=x + wide, y=on_line(line * LINE, rng)))
             x += 2 * wide + rng.uniform(2, 8)
-        y += rng.uniform(2, 6)
+    return replace(like, things=(), bars=(), prints=tuple(prints))
 
 
 def practice(start: int = 0) -> Iterator[Scene]:

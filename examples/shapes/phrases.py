@@ -28,8 +28,8 @@ ASKS = {
         "Which shape is {color}|?",
         "What shape is {color}|?",
         "What is the {color}| shape?",
-        "Which object in the {picture} is {color}|?",
-        "What is the shape of the {color}| object?",
+        "Which shape in the {picture} is {color}|?",
+        "What shape is the {color}| one?",
         "The {color}| one: which shape is it?",
     ),
     "color": (
@@ -50,7 +50,7 @@ ASKS = {
         "Which shape is the {extreme}|?",
         "What is the {extreme}| shape?",
         "Which is the {extreme}| shape in the {picture}?",
-        "Which object is the {extreme}|?",
+        "Which of the shapes is the {extreme}|?",
     ),
     "count_all": (
         "How many shapes| are there?",

@@ -5,8 +5,9 @@
     "bars"     a bar chart: 2 to 5 coloured bars of whole heights over a grid of lines
     "texture"  nothing drawn: blobs, gradients and grain, as photographs have them
 
-Things and prints stand anywhere, but each in its own ninth of the picture, so that "top left"
-means one of them, and never within `MARGIN` pixels of the line between two ninths.
+Things stand anywhere, and prints anywhere on lines `LINE` pixels apart, but each in its own ninth of
+the picture, so that "top left" means one of them, and never within `MARGIN` pixels of the border
+between two ninths.
 Every attribute is one word (`words`). Nothing here depends on hash order or on the clock.
 `drawing` makes the pictures.
 """
@@ -36,7 +37,8 @@ COLORS = {
 INKS = tuple(color for color in COLORS if color != "yellow")  # yellow letters cannot be read
 RADII = {"small": (6.0, 6.8), "medium": (8.4, 9.4), "big": (11.4, 13.2)}
 SIZES = tuple(RADII)
-PRINT_HEIGHTS = (13.0, 16.0)  # of capitals and digits, in pixels
+PRINT_HEIGHTS = (10.4, 11.6)  # of capitals and digits, in pixels
+LINE = 12  # print stands on lines so far apart, each about the middle of one
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -46,6 +48,9 @@ WORDS = tuple(
     "TEA TREE WAY WOLF YES ZOO".split()
 )
 PRINTED_NUMBERS = range(100)
+# A character's width in units of its height, in the typeface that Pillow brings.
+WIDTHS = dict.fromkeys("CDGHNOU", 1.05) | {"M": 1.26, "W": 1.38, "I": 0.4}
+USUAL_WIDTH = 0.92
 PAPERS = (
     (255, 255, 255),
     (250, 246, 235),
@@ -139,7 +144,8 @@ class Print(Item):
 
     @property
     def reach(self) -> tuple[float, float]:
-        return (0.44 * self.height * len(self.text) + 1, 0.5 * self.height + 1)
+        wide = sum(WIDTHS.get(letter, USUAL_WIDTH) for letter in self.text)
+        return (0.5 * self.height * wide + 0.5, 0.5 * self.height + 1)
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,11 @@ def make_prints(rng: random.Random, count: int) -> list[Print]:
     return found
 
 
+def on_line(y: float, rng: random.Random) -> float:
+    """The middle of the line that y falls on, give or take half a pixel."""
+    return (int(y // LINE) + 0.5) * LINE + rng.uniform(-0.5, 0.5)
+
+
 def _place(wanted: list[Thing | Print], rng: random.Random) -> list[Thing | Print]:
     """Gives each a place, the largest first; one that finds none in 200 tries is left out."""
     placed: list[Thing | Print] = []
@@ -261,6 +272,8 @@ def _place(wanted: list[Thing | Print], rng: random.Random) -> list[Thing | Prin
         for _ in range(200):
             w, h = item.reach
             x, y = rng.uniform(w + 1, SIZE - w - 1), rng.uniform(h + 1, SIZE - h - 1)
+            if isinstance(item, Print):
+                y = on_line(y, rng)
             found = type(item)(**{**vars(item), "x": x, "y": y})
             edge = min(abs(v - line) for v in (x, y) for line in (CELL, 2 * CELL))
             if edge >= MARGIN and not any(_meet(found, other) for other in placed):
