@@ -24,7 +24,7 @@ from typing import Any
 
 from examples.shapes.drawing import draw, patch_items
 from examples.shapes.phrases import ABSENT
-from examples.shapes.qa import QA
+from examples.shapes.qa import QA, in_one_word
 from examples.shapes.questions import ask_many, ask_one
 from examples.shapes.world import (
     CELL,
@@ -39,6 +39,7 @@ from examples.shapes.world import (
 SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
 BOXES = 3
+SHORT = 0.08  # of the single questions want one word
 EMPTY_PATCHES = 4
 
 
@@ -95,7 +96,9 @@ def row(image: str, qas: Iterable[QA], aligned: list[dict[str, Any]] | None = No
 
 
 def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict]:
+    rng = random.Random(f"short {scene.seed}")
     qas = ask_many(scene, count, "pretrain")
+    qas = [rng.random() < SHORT and in_one_word(qa) or qa for qa in qas]
     return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
 
 

@@ -179,6 +179,7 @@ ASKS = {
     ),
 }
 NOT_THERE = "not there"
+IN_ONE_WORD = "Answer in one word."
 OUTSIDE = "I only know drawn scenes."
 OUTSIDE_ASKS = (
     "Who is in the picture?",
@@ -216,7 +217,7 @@ def vocabulary() -> list[str]:
     """Every word that a question or an answer can hold, in lower case, plurals by their stems."""
     texts = [text for kind in sorted(ASKS) for text in ASKS[kind]]
     texts = [re.sub(r"\{.*?\}", " ", text) for text in texts]
-    texts += [NOT_THERE, OUTSIDE, ABSENT, "picture image colour color centre center"]
+    texts += [NOT_THERE, OUTSIDE, IN_ONE_WORD, ABSENT, "picture image colour color centre center"]
     texts += ["The number of shapes is at. In the top: a an. Yes. No. tallest shortest"]
     texts += ["largest smallest biggest left of right above below or says"]
     texts += [*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS]

@@ -5,8 +5,8 @@
     "bars"     a bar chart: 2 to 5 coloured bars of whole heights over a grid of lines
     "texture"  nothing drawn: blobs, gradients and grain, as photographs have them
 
-Things stand anywhere, and prints anywhere on lines `LINE` pixels apart, but each in its own ninth of
-the picture, so that "top left" means one of them, and never within `MARGIN` pixels of the border
+Things stand anywhere, and prints anywhere on lines `LINE` pixels apart, but each in its own ninth
+of the picture, so that "top left" means one of them, and never within `MARGIN` pixels of the border
 between two ninths.
 Every attribute is one word (`words`). Nothing here depends on hash order or on the clock.
 `drawing` makes the pictures.
