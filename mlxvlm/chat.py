@@ -10,18 +10,16 @@ for chunk in chat.ask("What colour is it?"):  # the encoder does not run again
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from .errors import PromptError
 from .images.picture import Features, Picture
 from .images.tiling import tiles_each
 from .reply import Chunk, answer
+from .reuse import Reuse
 
 if TYPE_CHECKING:
     from .model import VLM
@@ -31,27 +29,42 @@ class Conversation:
     """Messages and pictures, turn after turn.
 
     A picture is encoded once, by content: shown again, or in a later turn, its features are reused.
-    Answers are those of `vlm.generate(chat.messages, chat.pictures)` at each turn.
+    A turn reads only what is new since the last one. Answers are those of
+    `vlm.generate(chat.messages, chat.pictures)` at each turn.
 
     system: what the system message says; empty means the layout's default.
+    reuse: what is kept between turns, where conversations share it or an embedding cache serves
+        pictures; by default one of its own.
     options: as in `reply.stream`, for every question unless `ask` says otherwise.
     """
 
-    def __init__(self, vlm: VLM, *, system: str = "", allow_urls: bool = False, **options: Any):
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        system: str = "",
+        allow_urls: bool = False,
+        reuse: Reuse | None = None,
+        **options: Any,
+    ):
         self.vlm = vlm
+        self._own = reuse is None
+        self.reuse = reuse or Reuse(vlm)
         self.system = system
         self.allow_urls = allow_urls
         self.options = options
         self.clear()
 
     def clear(self) -> None:
-        """Forgets messages and pictures; keeps the system message and options."""
+        """Forgets messages and pictures, and what it alone has kept of them; the system message
+        and options stay."""
         self.messages: list[dict[str, Any]] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
         self.pictures: list[Picture | Features] = []
         self._waiting = 0
-        self._features: dict[tuple[Any, ...], Features] = {}
+        if self._own:
+            self.reuse.clear()
 
     def add(self, *images: Any) -> list[Picture | Features]:
         """Opens pictures for the next question: what `vlm.look` takes, or Picture or Features.
@@ -63,7 +76,7 @@ class Conversation:
         added = [
             image
             if isinstance(image, (Picture, Features))
-            else self.vlm.look([image], limit, self.allow_urls)[0]
+            else self.reuse.look([image], limit, self.allow_urls)[0]
             for image in images
         ]
         self.pictures += added
@@ -91,9 +104,8 @@ class Conversation:
         prompt = self.vlm.tokenize(
             [*self.messages, question], self.pictures, add_generation_prompt=True
         )
-        chunks = answer(
-            self.vlm, prompt, encode=self._encode, started=started, **{**self.options, **options}
-        )
+        options = {**self.options, **options}
+        chunks = answer(self.vlm, prompt, reuse=self.reuse, started=started, **options)
         return self._kept(question, chunks)
 
     def _kept(
@@ -113,28 +125,3 @@ class Conversation:
             if (done or text) and messages is self.messages:
                 messages += [question, {"role": "assistant", "content": text}]
                 self._waiting = 0
-
-    def _encode(self, pictures: list[Picture | Features]) -> list[Features]:
-        """Features of pictures, from memory where their content has been seen."""
-        new = {
-            _key(picture): picture
-            for picture in pictures
-            if isinstance(picture, Picture) and _key(picture) not in self._features
-        }
-        if new:
-            features = self.vlm.features(list(new.values()))
-            # Now, not lazily with the prompt: the tower's memory is free before the prefill.
-            mx.eval([view for item in features for view in item.views])
-            self._features.update(zip(new, features, strict=True))
-        return [p if isinstance(p, Features) else self._features[_key(p)] for p in pictures]
-
-
-def _key(picture: Picture) -> tuple[Any, ...]:
-    """What a picture's features depend on: its content and how it was tiled."""
-    content = picture.sha256
-    if content is None:
-        digest = hashlib.sha256()
-        for view in picture.views:
-            digest.update(view.tobytes())
-        content = digest.hexdigest()
-    return content, picture.grid, tuple((v.shape, str(v.dtype)) for v in picture.views)

@@ -84,6 +84,7 @@ def test_json_is_one_object(chat, vlm, folder, args, input):
         "images": ["a.png"],
         "text": reply.text,
         "prompt_tokens": reply.prompt_tokens,
+        "reused_tokens": 0,
         "generation_tokens": 9,
         "finish_reason": "length",
         "boxes": [],
