@@ -63,6 +63,7 @@ class Conversation:
             self.messages.append({"role": "system", "content": self.system})
         self.pictures: list[Picture | Features] = []
         self._waiting = 0
+        self._tries = 0  # of the last question, beyond the first
         if self._own:
             self.reuse.clear()
 
@@ -105,11 +106,33 @@ class Conversation:
             [*self.messages, question], self.pictures, add_generation_prompt=True
         )
         options = {**self.options, **options}
+        self._tries = 0
         chunks = answer(self.vlm, prompt, reuse=self.reuse, started=started, **options)
         return self._kept(question, chunks)
 
+    def retry(self, **options: Any) -> Generator[Chunk, None, None]:
+        """Asks the last question again, in the place of its answer.
+
+        Pictures that were added since go on waiting. Closed before any word came, the earlier
+        answer stands. With a seed, each try draws with the next one; greedy decoding
+        (temperature 0) gives the same answer again.
+        """
+        started = time.perf_counter()
+        if len(self.messages) < 2:
+            raise PromptError("there is no answer yet to try again: ask a question first.")
+        messages, question = self.messages[:-2], self.messages[-2]
+        waiting = self._waiting
+        pictures = self.pictures[: len(self.pictures) - waiting]
+        prompt = self.vlm.tokenize([*messages, question], pictures, add_generation_prompt=True)
+        options = {**self.options, **options}
+        self._tries += 1
+        if options.get("seed") is not None:
+            options["seed"] += self._tries
+        chunks = answer(self.vlm, prompt, reuse=self.reuse, started=started, **options)
+        return self._kept(question, chunks, instead=True)
+
     def _kept(
-        self, question: dict[str, Any], chunks: Generator[Chunk, None, None]
+        self, question: dict[str, Any], chunks: Generator[Chunk, None, None], instead: bool = False
     ) -> Generator[Chunk, None, None]:
         messages = self.messages  # clear() starts another list: a stream still open leaves it alone
         pieces: list[str] = []
@@ -123,5 +146,9 @@ class Conversation:
         finally:
             text = "".join(pieces)
             if (done or text) and messages is self.messages:
-                messages += [question, {"role": "assistant", "content": text}]
-                self._waiting = 0
+                turn = [question, {"role": "assistant", "content": text}]
+                if instead:
+                    messages[-2:] = turn
+                else:
+                    messages += turn
+                    self._waiting = 0

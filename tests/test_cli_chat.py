@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_cache import draw as draw_pictures
+from tiny_cache import siglip
 from tiny_vlm import EOT, picture, tiny_config, tiny_vlm
 from typer.testing import CliRunner
 
 import mlxvlm
 import mlxvlm.reply
 from mlxvlm.boxes import parse
+from mlxvlm.cache.writer import write_cache
 from mlxvlm.chat import Conversation
 from mlxvlm.cli.main import app
 from mlxvlm.images.drawing import draw
@@ -331,6 +334,88 @@ def test_errors_are_one_line_and_an_exit_code(folder, monkeypatch, args, code, s
     assert done.exit_code == code
     assert said in done.stderr and "Traceback" not in done.output
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--kv-bits", "5"), "kv_bits (=5)"),
+        (("--kv-bits", "8", "--max-kv-size", "99"), "cannot go together"),
+        (("--repetition-penalty", "0"), "repetition_penalty"),
+        (("--top-p", "0"), "top_p"),
+        (("--stop", ""), "stop"),
+    ],
+)
+def test_flags_that_cannot_be_are_told_before_a_model_is_loaded(chat, flags, said):
+    done = chat("-p", "Why?", *flags, model="no-such-model")
+    assert done.exit_code == 2 and said in done.stderr and done.stdout == ""
+
+
+def test_every_sampling_flag_reaches_the_model(chat, vlm, folder):
+    flags = "--temp 1.5 --top-k 40 --min-p 0.01 --repetition-penalty 1.2 --seed 4 --max-kv-size 99"
+    options = {"temperature": 1.5, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2}
+    expected = answer(vlm, folder, "Why?", "a.png", seed=4, max_kv_size=99, **options).text
+    assert chat("a.png", "-p", "Why?", *flags.split()).stdout == expected + "\n"
+    whole = answer(vlm, folder, "Why?", "a.png").text
+    stop = next(c for c in whole[2:] if c.isascii() and c.isprintable())
+    done = chat("a.png", "-p", "Why?", "--stop", stop)
+    assert done.stdout == whole[: whole.index(stop)] + "\n"
+
+
+def test_generation_config_rules_where_no_flag_does(chat, vlm, folder, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    config = {"do_sample": True, "temperature": 1.5, "top_k": 40}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    hot = answer(vlm, folder, "Why?", "a.png", temperature=1.5, top_k=40, seed=2).text
+    assert chat("a.png", "-p", "Why?", "--seed", "2", model=str(model)).stdout == hot + "\n"
+    cold = answer(vlm, folder, "Why?", "a.png").text
+    assert chat("a.png", "-p", "Why?", "--temp", "0", model=str(model)).stdout == cold + "\n"
+
+
+def test_a_retry_in_the_prompt_loop(chat, vlm, folder):
+    done = chat("a.png", input="/retry\nWhy?\n/retry\n/retry hot\n/retry 1.5\n")
+    lines = answer(vlm, folder, "Why?", "a.png").text
+    assert done.stdout.startswith(f"{lines}\n{lines}\n")
+    assert not done.stdout.endswith(f"{lines}\n{lines}\n{lines}\n")
+    assert "no answer yet" in done.stderr and "not 'hot'" in done.stderr
+
+
+@pytest.mark.parametrize("at", ["encoder", "projector"])
+def test_an_embedding_cache_serves_its_pictures(chat, folder, monkeypatch, tmp_path, at):
+    """Nothing is encoded nor decoded for a picture that the cache knows by content; others are."""
+    from mlxvlm.vision.siglip import SiglipVision
+
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"image": "a.png", "text": "A."}]))
+    made = ["cache-embeddings", str(rows), "--images", ".", "-m", "model", "--codec", "float32"]
+    out = str(tmp_path / "features")
+    done = CliRunner().invoke(app, [*made, "--at", at, "--out", out])
+    assert done.exit_code == 0, done.stderr
+    expected = [chat(name, "-p", "Why?").stdout for name in ("a.png", "b c.png")]
+    runs = []
+    call = SiglipVision.__call__
+    monkeypatch.setattr(SiglipVision, "__call__", lambda s, x: runs.append(len(x)) or call(s, x))
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxvlm.images.tiling.open_picture", None)
+        assert chat("a.png", "-p", "Why?", "--cache", out).stdout == expected[0]
+    assert runs == []
+    assert chat("b c.png", "-p", "Why?", "--cache", out).stdout == expected[1]
+    assert runs == [1]
+    (tmp_path / "a.png").write_bytes((folder / "b c.png").read_bytes())  # the name is known
+    assert chat(str(tmp_path / "a.png"), "-p", "Why?", "--cache", out).stdout == expected[1]
+    assert runs == [1, 1]
+
+
+def test_a_cache_of_another_encoder_is_refused(chat, folder, tmp_path):
+    write_cache(siglip(9), draw_pictures(tmp_path / "pictures", 2), tmp_path / "other")
+    done = chat("a.png", "-p", "Why?", "--cache", str(tmp_path / "other"))
+    assert done.exit_code == 1 and "was made by another encoder" in done.stderr
+    assert done.stdout == ""
+    none = chat("a.png", "-p", "Why?", "--cache", str(tmp_path / "none"), model="no-such-model")
+    assert none.exit_code == 1 and "holds no embedding cache" in none.stderr
 
 
 def test_text_that_is_no_utf8(chat, vlm, folder):

@@ -177,3 +177,16 @@ def test_closing_a_stream_leaves_the_next_one_right(vlm):
     next(chunks)
     chunks.close()
     assert vlm.generate(QUESTION, max_tokens=6).tokens == greedy(vlm, vlm.tokenize(QUESTION), 6)
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(vlm):
+    whole = vlm.generate(QUESTION, [picture(1)], max_tokens=12)
+    at = next(i for i in range(2, 10) if whole.text[i : i + 2].isascii())
+    stop = whole.text[at : at + 2]
+    expected = whole.text[: whole.text.index(stop)]
+    *chunks, last = vlm.stream(QUESTION, [picture(1)], max_tokens=12, stop=[stop, "not there"])
+    reply = last.reply
+    assert reply.text == expected and reply.finish_reason == "stop"
+    assert "".join(chunk.text for chunk in chunks) + last.text == expected
+    assert reply.tokens == whole.tokens[: len(reply.tokens)] and len(reply.tokens) < 12
+    assert vlm.generate(QUESTION, [picture(1)], max_tokens=12, stop="zzz").text == whole.text
