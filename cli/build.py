@@ -102,6 +102,13 @@ def build(
     about: Annotated[
         str, typer.Option(metavar="TEXT", help="A line that the model says of itself in a chat.")
     ] = "",
+    refusal: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="The answer that its data teach it for what it does not know, word for word.",
+        ),
+    ] = "",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="What tensors become. Default: as stored."),
@@ -149,6 +156,7 @@ def build(
         layout=layout,
         fresh_language=fresh_language,
         about=about,
+        refusal=refusal,
         dtype=dtype,
         seed=seed,
         revisions=(vision_revision, language_revision),

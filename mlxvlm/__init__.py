@@ -7,6 +7,7 @@ The public face, imported lazily so that `mlxvlm --help` stays quick:
     Picture         a picture as views
     Features        what the encoder makes of it
     EmbeddingCache  features on disk
+    Reuse           what calls about one picture need not compute twice
     VLMError        every error that a user can mend
 """
 
@@ -21,10 +22,20 @@ if TYPE_CHECKING:
     from .cache import EmbeddingCache
     from .images.picture import Features, Picture
     from .model import VLM
+    from .reuse import Reuse
     from .weights.load import load
 
 __version__ = "0.1.0"
-__all__ = ["VLM", "EmbeddingCache", "Features", "Picture", "VLMError", "__version__", "load"]
+__all__ = [
+    "VLM",
+    "EmbeddingCache",
+    "Features",
+    "Picture",
+    "Reuse",
+    "VLMError",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "load": "mlxvlm.weights.load",
@@ -32,6 +43,7 @@ _HOMES = {
     "Picture": "mlxvlm.images.picture",
     "Features": "mlxvlm.images.picture",
     "EmbeddingCache": "mlxvlm.cache",
+    "Reuse": "mlxvlm.reuse",
 }
 
 

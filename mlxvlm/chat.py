@@ -10,18 +10,16 @@ for chunk in chat.ask("What colour is it?"):  # the encoder does not run again
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from .errors import PromptError
 from .images.picture import Features, Picture
 from .images.tiling import tiles_each
 from .reply import Chunk, answer
+from .reuse import Reuse
 
 if TYPE_CHECKING:
     from .model import VLM
@@ -31,27 +29,43 @@ class Conversation:
     """Messages and pictures, turn after turn.
 
     A picture is encoded once, by content: shown again, or in a later turn, its features are reused.
-    Answers are those of `vlm.generate(chat.messages, chat.pictures)` at each turn.
+    A turn reads only what is new since the last one. Answers are those of
+    `vlm.generate(chat.messages, chat.pictures)` at each turn.
 
     system: what the system message says; empty means the layout's default.
+    reuse: what is kept between turns, where conversations share it or an embedding cache serves
+        pictures; by default one of its own.
     options: as in `reply.stream`, for every question unless `ask` says otherwise.
     """
 
-    def __init__(self, vlm: VLM, *, system: str = "", allow_urls: bool = False, **options: Any):
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        system: str = "",
+        allow_urls: bool = False,
+        reuse: Reuse | None = None,
+        **options: Any,
+    ):
         self.vlm = vlm
+        self._own = reuse is None
+        self.reuse = reuse or Reuse(vlm)
         self.system = system
         self.allow_urls = allow_urls
         self.options = options
         self.clear()
 
     def clear(self) -> None:
-        """Forgets messages and pictures; keeps the system message and options."""
+        """Forgets messages and pictures, and what it alone has kept of them; the system message
+        and options stay."""
         self.messages: list[dict[str, Any]] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
         self.pictures: list[Picture | Features] = []
         self._waiting = 0
-        self._features: dict[tuple[Any, ...], Features] = {}
+        self._tries = 0  # of the last question, beyond the first
+        if self._own:
+            self.reuse.clear()
 
     def add(self, *images: Any) -> list[Picture | Features]:
         """Opens pictures for the next question: what `vlm.look` takes, or Picture or Features.
@@ -63,7 +77,7 @@ class Conversation:
         added = [
             image
             if isinstance(image, (Picture, Features))
-            else self.vlm.look([image], limit, self.allow_urls)[0]
+            else self.reuse.look([image], limit, self.allow_urls)[0]
             for image in images
         ]
         self.pictures += added
@@ -91,13 +105,34 @@ class Conversation:
         prompt = self.vlm.tokenize(
             [*self.messages, question], self.pictures, add_generation_prompt=True
         )
-        chunks = answer(
-            self.vlm, prompt, encode=self._encode, started=started, **{**self.options, **options}
-        )
+        options = {**self.options, **options}
+        self._tries = 0
+        chunks = answer(self.vlm, prompt, reuse=self.reuse, started=started, **options)
         return self._kept(question, chunks)
 
+    def retry(self, **options: Any) -> Generator[Chunk, None, None]:
+        """Asks the last question again, in the place of its answer.
+
+        Pictures that were added since go on waiting. Closed before any word came, the earlier
+        answer stands. With a seed, each try draws with the next one; greedy decoding
+        (temperature 0) gives the same answer again.
+        """
+        started = time.perf_counter()
+        if len(self.messages) < 2:
+            raise PromptError("there is no answer yet to try again: ask a question first.")
+        messages, question = self.messages[:-2], self.messages[-2]
+        waiting = self._waiting
+        pictures = self.pictures[: len(self.pictures) - waiting]
+        prompt = self.vlm.tokenize([*messages, question], pictures, add_generation_prompt=True)
+        options = {**self.options, **options}
+        self._tries += 1
+        if options.get("seed") is not None:
+            options["seed"] += self._tries
+        chunks = answer(self.vlm, prompt, reuse=self.reuse, started=started, **options)
+        return self._kept(question, chunks, instead=True)
+
     def _kept(
-        self, question: dict[str, Any], chunks: Generator[Chunk, None, None]
+        self, question: dict[str, Any], chunks: Generator[Chunk, None, None], instead: bool = False
     ) -> Generator[Chunk, None, None]:
         messages = self.messages  # clear() starts another list: a stream still open leaves it alone
         pieces: list[str] = []
@@ -111,30 +146,9 @@ class Conversation:
         finally:
             text = "".join(pieces)
             if (done or text) and messages is self.messages:
-                messages += [question, {"role": "assistant", "content": text}]
-                self._waiting = 0
-
-    def _encode(self, pictures: list[Picture | Features]) -> list[Features]:
-        """Features of pictures, from memory where their content has been seen."""
-        new = {
-            _key(picture): picture
-            for picture in pictures
-            if isinstance(picture, Picture) and _key(picture) not in self._features
-        }
-        if new:
-            features = self.vlm.features(list(new.values()))
-            # Now, not lazily with the prompt: the tower's memory is free before the prefill.
-            mx.eval([view for item in features for view in item.views])
-            self._features.update(zip(new, features, strict=True))
-        return [p if isinstance(p, Features) else self._features[_key(p)] for p in pictures]
-
-
-def _key(picture: Picture) -> tuple[Any, ...]:
-    """What a picture's features depend on: its content and how it was tiled."""
-    content = picture.sha256
-    if content is None:
-        digest = hashlib.sha256()
-        for view in picture.views:
-            digest.update(view.tobytes())
-        content = digest.hexdigest()
-    return content, picture.grid, tuple((v.shape, str(v.dtype)) for v in picture.views)
+                turn = [question, {"role": "assistant", "content": text}]
+                if instead:
+                    messages[-2:] = turn
+                else:
+                    messages += turn
+                    self._waiting = 0

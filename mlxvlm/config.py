@@ -253,6 +253,8 @@ class ModelConfig:
     """The five choices, and how the stored tensors are quantised (mlx-lm's `quantization` block).
 
     about: one line that the model says of itself (`mlxvlm chat` prints it); may be empty.
+    refusal: the answer that it was taught to give where it knows nothing, word for word; may be
+        empty.
     """
 
     tiling: TilingConfig = field(default_factory=TilingConfig)
@@ -262,6 +264,7 @@ class ModelConfig:
     language: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
     about: str = ""
+    refusal: str = ""
 
     def __post_init__(self) -> None:
         if self.tiling.image_size != self.vision.image_size:
@@ -300,8 +303,8 @@ class ModelConfig:
                 f"format_version must be {FORMAT_VERSION}, but this config.json says "
                 f"{raw.get('format_version')!r}: use the mlxvlm release that wrote it."
             )
-        known = {"tiling", "vision", "projector", "prompt", "language", "quantization", "about"}
-        extra = sorted(set(raw) - known - {"model_type", "format_version"})
+        known = {f.name for f in dataclasses.fields(cls)} | {"model_type", "format_version"}
+        extra = sorted(set(raw) - known)
         if extra:
             raise ConfigError(f"unknown entries in config.json: {', '.join(extra)}.")
         return cls(
@@ -312,15 +315,15 @@ class ModelConfig:
             language=dict(raw.get("language", {})),
             quantization=raw.get("quantization"),
             about=raw.get("about", ""),
+            refusal=raw.get("refusal", ""),
         )
 
     def to_dict(self) -> dict[str, Any]:
         raw: dict[str, Any] = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION}
         raw.update(dataclasses.asdict(self))
-        if self.quantization is None:
-            del raw["quantization"]
-        if not self.about:
-            del raw["about"]
+        for name in ("quantization", "about", "refusal"):
+            if not raw[name]:
+                del raw[name]
         return raw
 
     def save(self, path: str | Path) -> None:

@@ -9,7 +9,8 @@ Tokens hold the image token once per visual token. Its id never reaches the embe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -81,12 +82,14 @@ class VLM(nn.Module):
         images: Sequence[Any] = (),
         add_generation_prompt: bool | None = None,
         allow_urls: bool = False,
+        look: Callable[..., list[Any]] | None = None,
     ) -> Prompt:
         """Lays out messages and pictures as tokens.
 
         images: what `look` takes, or Picture or Features; those that are opened here share the
         tiling's budget as in a row of data. `add_generation_prompt` opens the assistant's turn; by
-        default, where the last message is not the assistant's.
+        default, where the last message is not the assistant's. look: what opens pictures in the
+        stead of `self.look`.
         """
         if self.tokenizer is None:
             raise PromptError("this model has no tokenizer; load it from a folder that has one.")
@@ -94,8 +97,9 @@ class VLM(nn.Module):
         if add_generation_prompt is None:
             add_generation_prompt = bool(parts[-1]["role"] != "assistant")
         limit = tiles_each(self.config.tiling, len(images))
+        look = look or self.look
         pictures = [
-            i if isinstance(i, (Picture, Features)) else self.look([i], limit, allow_urls)[0]
+            i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
         counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
@@ -107,8 +111,15 @@ class VLM(nn.Module):
         """[visual tokens, D]: the projected views of all pictures, one after the other."""
         encoded = iter(self.encoder.encode([p for p in pictures if isinstance(p, Picture)]))
         features = [next(encoded) if isinstance(p, Picture) else p for p in pictures]
-        views = [mx.array(view) for found in features for view in found.views]
-        return self.project_views(mx.stack(views))
+        parts = []
+        for done, same in groupby(features, key=lambda found: found.projected):
+            views = mx.stack([mx.array(view) for found in same for view in found.views])
+            if done:
+                dtype = dtype_of(self.projector)
+                parts.append(views.astype(dtype).reshape(-1, views.shape[-1]))
+            else:
+                parts.append(self.project_views(views))
+        return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def project_views(self, views: mx.array) -> mx.array:
         """[views, tokens, width] features to [views * tokens_per_view, D] embeddings."""
@@ -128,12 +139,29 @@ class VLM(nn.Module):
         counts = [len(p.views) * each for p in pictures]
         self._check_places(rows == self.config.prompt.image_token_id, counts)
         visual = self.project(pictures) if pictures else None
-        if visual is not None and len(visual) != sum(counts):
-            raise PromptError(
-                f"the features give {len(visual)} visual tokens instead of {sum(counts)}, {each} a "
-                "view: they are another encoder's."
-            )
+        if visual is not None:
+            self._check_count(len(visual), sum(counts))
         return self.splice(rows, visual)
+
+    def embed_after(
+        self, tokens: np.ndarray, pictures: Sequence[Picture | Features], start: int
+    ) -> mx.array:
+        """`embed` of one prompt, tokens [L], for the positions from `start` on: [L - start, D].
+
+        Pictures that end before `start` are not looked at.
+        """
+        places = tokens == self.config.prompt.image_token_id
+        counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
+        self._check_places(places[None], counts)
+        before = int(places[:start].sum())
+        ends = np.cumsum(counts)
+        first = int(np.searchsorted(ends, before, side="right"))
+        if first == len(counts):
+            return self.splice(tokens[None, start:], None)[0]
+        visual = self.project(pictures[first:])
+        self._check_count(len(visual), sum(counts[first:]))
+        skip = before - (int(ends[first - 1]) if first else 0)
+        return self.splice(tokens[None, start:], visual[skip:])[0]
 
     def splice(self, tokens: np.ndarray, visual: mx.array | None) -> mx.array:
         """Text embeddings of host tokens [B, L], with `visual` [N, D] at the image tokens."""
@@ -145,6 +173,13 @@ class VLM(nn.Module):
         index = np.where(places.reshape(-1), np.cumsum(places.reshape(-1)) - 1, 0)
         found = visual[mx.array(index.astype(np.int32))].reshape(*tokens.shape, -1)
         return mx.where(mx.array(places)[..., None], found.astype(text.dtype), text)
+
+    def _check_count(self, found: int, wanted: int) -> None:
+        if found != wanted:
+            raise PromptError(
+                f"the features give {found} visual tokens instead of {wanted}, "
+                f"{self.config.tokens_per_view} a view: they are another encoder's."
+            )
 
     def _check_places(self, places: np.ndarray, counts: list[int]) -> None:
         ends = np.cumsum([0, *counts])

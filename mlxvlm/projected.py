@@ -39,7 +39,7 @@ class ProjectedEncoder:
         found = self.encoder.encode(pictures)
         for features in found:
             views = mx.stack(features.views).astype(dtype)
-            features.views = list(self.projector(views))
+            features.views, features.projected = list(self.projector(views)), True
         return found
 
     def identity(self) -> dict[str, Any]:

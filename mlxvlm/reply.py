@@ -8,7 +8,7 @@ chunk.reply.generation_tps
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from .boxes import Box, parse
 from .errors import PromptError
 from .language.generate import check_settings, generate_tokens
+from .language.kv import KVSettings
 from .language.load import translate
+from .language.sampling import sampling_defaults
+from .reuse import Reading, Reuse
+from .stop import StopStrings
 
 if TYPE_CHECKING:
     from .model import VLM
     from .prompts import Prompt
+
+# The longest answer where neither the caller nor the model says.
+MAX_TOKENS = 256
 
 
 @dataclass
@@ -30,22 +38,30 @@ class Reply:
     """A whole answer.
 
     tokens: every id that was sampled, the end token included where there was one; `text` has none.
+    reused_tokens: how many of the prompt's tokens were read before (see `reuse.Reuse`).
     time_to_first_token_s: from the call to the first token, pictures and prompt included.
-    prompt_tps: prompt tokens a second from embeddings to the first token, without the encoder.
+    prompt_tps: prompt tokens a second from embeddings to the first token, without the encoder and
+        without those reused.
     generation_tps: tokens a second after the first; 0 if there was but one.
     peak_memory_gb: the most that MLX has held in this process so far, in 10^9 bytes.
-    finish_reason: "stop" (the end token came) or "length" (max_tokens or the context ran out).
+    finish_reason: "stop" (the end token or a stop string came) or "length" (max_tokens or the
+        context ran out).
+    boxes: places in a picture that the text names, as `boxes.parse` reads it; of several pictures
+        it does not say which. boxes_left_out: what looked like one and cannot be, with the reason.
     """
 
     text: str
     tokens: list[int]
     prompt_tokens: int
+    reused_tokens: int
     generation_tokens: int
     time_to_first_token_s: float
     prompt_tps: float
     generation_tps: float
     peak_memory_gb: float
     finish_reason: str
+    boxes: list[Box]
+    boxes_left_out: list[str]
 
 
 @dataclass
@@ -63,16 +79,24 @@ def stream(
     images: Sequence[Any] = (),
     *,
     allow_urls: bool = False,
+    reuse: Reuse | None = None,
     **options: Any,
 ) -> Generator[Chunk, None, None]:
     """Answers the last user message, chunk by chunk; the last chunk carries the Reply.
 
+    reuse: what earlier calls with it have computed is not computed again.
     options: max_tokens=256, temperature=0.0 (greedy), top_p=1.0, top_k=0, min_p=0.0,
-    repetition_penalty=None, seed=None, prefill_step_size=2048; see `generate_tokens`.
+    repetition_penalty=None; where one is not given (or None), the model's generation_config.json
+    decides, and these values where it is silent. seed=None, prefill_step_size=2048; see
+    `generate_tokens`. stop=(): texts that end the answer, which does not include them.
+    max_kv_size=None, kv_bits=None, kv_group_size=64: see `language.kv.KVSettings`.
     """
     started = time.perf_counter()
-    prompt = vlm.tokenize(messages, images, add_generation_prompt=True, allow_urls=allow_urls)
-    return answer(vlm, prompt, started=started, **options)
+    look = None if reuse is None else reuse.look
+    prompt = vlm.tokenize(
+        messages, images, add_generation_prompt=True, allow_urls=allow_urls, look=look
+    )
+    return answer(vlm, prompt, reuse=reuse, started=started, **options)
 
 
 def generate(
@@ -95,37 +119,49 @@ def answer(
     vlm: VLM,
     prompt: Prompt,
     *,
-    encode: Callable[[list[Any]], list[Any]] | None = None,
+    reuse: Reuse | None = None,
     started: float | None = None,
-    max_tokens: int = 256,
+    stop: str | Sequence[str] = (),
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
     **settings: Any,
 ) -> Generator[Chunk, None, None]:
     """The chunks that follow a laid-out prompt; what cannot work is refused before the first.
 
-    encode: turns `prompt.pictures` into features, for callers that keep them; by default the model
-    encodes them here. started: when the clock began (time.perf_counter).
+    started: when the clock began (time.perf_counter).
     """
-    check_settings(max_tokens=max_tokens, **settings)
+    kv = KVSettings(max_kv_size, kv_bits, kv_group_size)
+    kv.check()
+    settings = _with_defaults(vlm, settings)
+    check_settings(**settings)
+    stops = StopStrings(stop)
     started = time.perf_counter() if started is None else started
     room = _room(vlm, prompt)
-    max_tokens = max_tokens if room is None else min(max_tokens, room)
-    return _chunks(vlm, prompt, encode, started, max_tokens, settings)
+    if room is not None:
+        settings["max_tokens"] = min(settings["max_tokens"], room)
+    return _chunks(vlm, prompt, reuse, kv, stops, started, settings)
+
+
+def _with_defaults(vlm: VLM, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as given, then as the model's generation_config.json asks."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    asked = sampling_defaults(vlm.tokenizer.generation_config) if vlm.tokenizer else {}
+    return {"max_tokens": MAX_TOKENS, **asked, **given}
 
 
 def _chunks(
     vlm: VLM,
     prompt: Prompt,
-    encode: Callable[[list[Any]], list[Any]] | None,
+    reuse: Reuse | None,
+    kv: KVSettings,
+    stops: StopStrings,
     started: float,
-    max_tokens: int,
     settings: dict[str, Any],
 ) -> Generator[Chunk, None, None]:
     tokenizer = vlm.tokenizer
     assert tokenizer is not None  # tokenize has refused a model without one
-    pictures = encode(prompt.pictures) if encode else prompt.pictures
-    embeddings = vlm.embed(prompt.tokens[None], pictures)[0]
-    mx.eval(embeddings)
-
+    reading = Reading(vlm, prompt, kv, reuse)
     stop_ids = frozenset(tokenizer.eos_token_ids)
     detokenizer = tokenizer.detokenizer()
     tokens: list[int] = []
@@ -134,34 +170,44 @@ def _chunks(
     ids = generate_tokens(
         vlm.language,
         prompt.tokens,
-        embeddings,
-        max_tokens=max_tokens,
+        reading.embeddings,
         stop_ids=stop_ids,
         banned_ids=(vlm.config.prompt.image_token_id,),
         vocab_size=tokenizer.vocab_size,
+        prompt_cache=reading.caches,
+        pauses=reading.pauses,
+        at_pause=reading.pause,
         **settings,
     )
-    with closing(ids):
-        for token in ids:
+    with closing(reading), closing(ids):
+        for token in reading.follow(ids):
             now = time.perf_counter()
             if not tokens:
                 first = now
             tokens.append(token)
             if token in stop_ids:
                 break
-            pieces.append(detokenizer.add(token))
+            pieces.append(stops.add(detokenizer.add(token)))
             yield Chunk(pieces[-1], token)
-    pieces.append(detokenizer.finish())
+            if stops.found:
+                break
+    pieces.append(stops.add(detokenizer.finish()) + stops.finish())
+    text = "".join(pieces)
+    boxes, left_out = parse(text)
+    read = len(prompt.tokens) - reading.start
     reply = Reply(
-        text="".join(pieces),
+        text=text,
         tokens=tokens,
         prompt_tokens=len(prompt.tokens),
+        reused_tokens=reading.start,
         generation_tokens=len(tokens),
         time_to_first_token_s=first - started,
-        prompt_tps=len(prompt.tokens) / max(first - prefill_from, 1e-9),
+        prompt_tps=read / max(first - prefill_from, 1e-9),
         generation_tps=(len(tokens) - 1) / max(now - first, 1e-9),
         peak_memory_gb=mx.get_peak_memory() / 1e9,
-        finish_reason="stop" if tokens[-1] in stop_ids else "length",
+        finish_reason="stop" if stops.found or tokens[-1] in stop_ids else "length",
+        boxes=boxes,
+        boxes_left_out=left_out,
     )
     yield Chunk(pieces[-1], None, reply)
 

@@ -7,6 +7,7 @@ from tiny_vlm import picture, tiny_config, tiny_vlm
 
 from mlxvlm.chat import Conversation
 from mlxvlm.errors import ConfigError, PictureError, PromptError
+from mlxvlm.reuse import Reuse
 from mlxvlm.vision.siglip import SiglipVision
 
 
@@ -174,3 +175,55 @@ def test_options_of_a_question_go_before_the_conversations(vlm):
     chat = Conversation(vlm, max_tokens=3, temperature=1.0, seed=1)
     assert ask(chat, "Why?").generation_tokens == 3
     assert ask(chat, "Why?", max_tokens=2).generation_tokens == 2
+
+
+def test_retry_asks_again_in_the_place_of_the_answer(vlm, encoded):
+    chat = Conversation(vlm, max_tokens=5, temperature=1.0, seed=3)
+    with pytest.raises(PromptError, match="no answer yet"):
+        chat.retry()
+    chat.add(picture(1))
+    first = ask(chat, "What is this?")
+    ask(chat, "And?")
+    question = chat.messages[-2]
+    chat.add(picture(2))  # for the next question
+    tries = [list(chat.retry())[-1].reply for _ in range(2)]
+    assert chat.messages[-2:] == [question, {"role": "assistant", "content": tries[1].text}]
+    assert len(chat.messages) == 4 and chat.messages[1]["content"] == first.text
+    assert tries[0].tokens != tries[1].tokens  # each draws anew, as its seed says
+    fresh = vlm.generate(
+        chat.messages[:3], chat.pictures[:1], max_tokens=5, temperature=1.0, seed=5
+    )
+    assert tries[1].tokens == fresh.tokens
+    assert tries[1].reused_tokens == tries[1].prompt_tokens - 1
+    assert chat.waiting == 1
+    ask(chat, "And this?")
+    assert chat.messages[4]["content"][0] == {"type": "image"}
+    assert encoded[:2] == [1, 1]  # the second is that of the fresh call
+    stream = chat.retry()
+    next(stream)
+    answer = chat.messages[-1]
+    chat.retry().close()
+    assert chat.messages[-1] is answer
+
+
+def test_a_history_that_was_edited_is_read_from_the_edit_on(vlm):
+    chat = Conversation(vlm, max_tokens=6)
+    chat.add(picture(1))
+    for text in ("What is this?", "And?"):
+        ask(chat, text)
+    chat.messages[1]["content"] = "A cat."
+    reply = ask(chat, "Why?")
+    assert reply.tokens == fresh(vlm, chat, max_tokens=6).tokens
+    end = len(vlm.tokenize(chat.messages[:1], chat.pictures, add_generation_prompt=True))
+    assert reply.reused_tokens == end
+
+
+def test_conversations_may_share_what_they_reuse(vlm, encoded):
+    reuse = Reuse(vlm)
+    chats = [Conversation(vlm, max_tokens=4, reuse=reuse) for _ in range(2)]
+    for chat in chats:
+        chat.add(picture(1))
+        ask(chat, "What is this?")
+    assert encoded == [1]
+    chats[0].clear()  # what is shared stays
+    assert len(reuse.prefixes) > 0

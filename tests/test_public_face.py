@@ -8,7 +8,7 @@ import pytest
 import mlxvlm
 from mlxvlm.backend import missing_backend
 
-FACE = ["VLM", "EmbeddingCache", "Features", "Picture", "VLMError", "__version__", "load"]
+FACE = ["VLM", "EmbeddingCache", "Features", "Picture", "Reuse", "VLMError", "__version__", "load"]
 
 
 def test_exported_names():

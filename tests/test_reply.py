@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_vlm import EOT, IMAGE, VOCAB, picture, tiny_config, tiny_vlm
 
+from mlxvlm.boxes import Box
 from mlxvlm.errors import ConfigError, PictureError, PromptError
 from mlxvlm.reply import context_length
 
@@ -117,6 +118,14 @@ def test_half_characters_are_held_back(vlm, monkeypatch):
     assert chunks[-1].reply.text == "é🙂!\ufffd"
 
 
+def test_boxes_that_an_answer_names(vlm, monkeypatch):
+    ids = vlm.tokenizer.encode("star: [1, 2, 30, 40] [9, 9, 8, 8]")[0]
+    monkeypatch.setattr("mlxvlm.reply.generate_tokens", lambda *a, **k: (i for i in ids))
+    reply = vlm.generate(QUESTION)
+    assert reply.boxes == [Box("star", 1, 2, 30, 40)]
+    assert [why.partition(":")[0] for why in reply.boxes_left_out] == ["[9, 9, 8, 8]"]
+
+
 def test_a_seed_decides(vlm):
     options = {"temperature": 1.5, "max_tokens": 10}
     first = vlm.generate(QUESTION, seed=1, **options)
@@ -168,3 +177,16 @@ def test_closing_a_stream_leaves_the_next_one_right(vlm):
     next(chunks)
     chunks.close()
     assert vlm.generate(QUESTION, max_tokens=6).tokens == greedy(vlm, vlm.tokenize(QUESTION), 6)
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(vlm):
+    whole = vlm.generate(QUESTION, [picture(1)], max_tokens=12)
+    at = next(i for i in range(2, 10) if whole.text[i : i + 2].isascii())
+    stop = whole.text[at : at + 2]
+    expected = whole.text[: whole.text.index(stop)]
+    *chunks, last = vlm.stream(QUESTION, [picture(1)], max_tokens=12, stop=[stop, "not there"])
+    reply = last.reply
+    assert reply.text == expected and reply.finish_reason == "stop"
+    assert "".join(chunk.text for chunk in chunks) + last.text == expected
+    assert reply.tokens == whole.tokens[: len(reply.tokens)] and len(reply.tokens) < 12
+    assert vlm.generate(QUESTION, [picture(1)], max_tokens=12, stop="zzz").text == whole.text

@@ -522,7 +522,7 @@ def test_join(tmp_path: Path) -> None:
     mouth = language_folder(tmp_path / "lm")
     projector = ProjectorConfig(hidden_size=16, num_attention_heads=2, pool="mean2")
     state = mx.array(mx.random.state[0])
-    vlm = join(eyes, mouth, projector, about="A test.", seed=7)
+    vlm = join(eyes, mouth, projector, about="A test.", refusal="Pardon?", seed=7)
     assert mx.array_equal(mx.random.state[0], state).item()
     assert vlm.config.prompt.layout == "llama-3"
     assert vlm.config.prompt.image_token_id == IMAGE  # the tokenizer's own <|image|>
@@ -534,6 +534,7 @@ def test_join(tmp_path: Path) -> None:
     save(vlm, tmp_path / "out")
     loaded = mlxvlm.load(tmp_path / "out")
     assert same(loaded, vlm) and loaded.config.about == "A test."
+    assert loaded.config.refusal == "Pardon?"
     assert load_encoder(eyes).identity()["sha256"] == loaded.encoder.identity()["sha256"]
     whole = join(tmp_path / "out", mouth, projector)
     assert same(whole.vision, vlm.vision)
@@ -598,13 +599,26 @@ def test_build_command(tmp_path: Path) -> None:
     parts = ("--vision", eyes, "--language", language_folder(tmp_path / "lm"))
     shape = ("--projector-width", 16, "--projector-heads", 2, "--num-positions", 9)
     out = tmp_path / "out"
-    result = run(build, *parts, *shape, "--out", out, "--feature-layer", -2, "--about", "Hello.")
+    result = run(
+        build,
+        *parts,
+        *shape,
+        "--out",
+        out,
+        "--feature-layer",
+        -2,
+        "--about",
+        "Hello.",
+        "--refusal",
+        "No.",
+    )
     assert result.exit_code == 0 and "9 visual tokens" in result.stdout
     vlm = mlxvlm.load(out)
     assert (
         vlm.config.vision.vision_feature_layer == -2 and not vlm.config.vision.vision_feature_norm
     )
     assert vlm.config.projector.num_positions == 9 and vlm.config.about == "Hello."
+    assert vlm.config.refusal == "No."
     with pytest.raises(UsageError, match="holds a model already"):
         run(build, *parts, *shape, "--out", out)
     with pytest.raises(UsageError, match="--projector-heads belongs to --projector attention or"):

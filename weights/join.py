@@ -47,6 +47,7 @@ def join(
     layout: str | None = None,
     fresh_language: bool = False,
     about: str = "",
+    refusal: str = "",
     dtype: str | mx.Dtype | None = None,
     seed: int = 0,
     revisions: tuple[str | None, str | None] = (None, None),
@@ -77,6 +78,7 @@ def join(
         prompt=PromptConfig(layout=layout or layout_for(tokenizer)),
         language=raw,
         about=about,
+        refusal=refusal,
     )
     config.prompt.image_token_id = image_token_id(tokenizer, raw)
     # A layout that the tokenizer cannot write is refused now, not by the first chat.

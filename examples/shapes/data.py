@@ -24,7 +24,7 @@ from typing import Any
 
 from examples.shapes.drawing import draw, patch_items
 from examples.shapes.phrases import ABSENT
-from examples.shapes.qa import QA
+from examples.shapes.qa import QA, in_one_word
 from examples.shapes.questions import ask_many, ask_one
 from examples.shapes.world import (
     CELL,
@@ -39,6 +39,7 @@ from examples.shapes.world import (
 SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
 BOXES = 3
+SHORT = 0.08  # of the single questions want one word
 EMPTY_PATCHES = 4
 
 
@@ -73,7 +74,7 @@ def align(scene: Scene) -> list[dict[str, Any]]:
     if scene.items:
         rng = random.Random(f"empty {scene.seed}")
         for token in sorted(rng.sample(empty, min(EMPTY_PATCHES, len(empty)))):
-            row, column = (PATCH * i // CELL for i in divmod(token, side))
+            row, column = ((PATCH * i + PATCH // 2) // CELL for i in divmod(token, side))
             words = [ABSENT, *place_words(row, column)]
             found.append({"image": 0, "token": token, "words": words})
     return found
@@ -95,7 +96,9 @@ def row(image: str, qas: Iterable[QA], aligned: list[dict[str, Any]] | None = No
 
 
 def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict]:
+    rng = random.Random(f"short {scene.seed}")
     qas = ask_many(scene, count, "pretrain")
+    qas = [rng.random() < SHORT and in_one_word(qa) or qa for qa in qas]
     return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
 
 
@@ -110,12 +113,14 @@ def describe_rows(scene: Scene, image: str) -> list[dict]:
 
 
 def chat_rows(scene: Scene, image: str) -> list[dict]:
-    """Two chats of four turns; in some of them one turn asks for a description."""
+    """Two chats of four turns; in some of them a turn asks for a description, a box, or something
+    that no picture here answers."""
     rng = random.Random(f"chat {scene.seed}")
     qas = ask_many(scene, 8, "chat")
-    whole = ask_one("describe", scene, "chat")
-    if whole is not None and rng.random() < 0.3:
-        qas[rng.randrange(len(qas))] = whole
+    for kind, share in (("describe", 0.3), ("box", 0.3), ("outside", 0.1)):
+        qa = ask_one(kind, scene, "chat")
+        if qa is not None and qas and rng.random() < share:
+            qas[rng.randrange(len(qas))] = qa
     chats = [chat for chat in (qas[:4], qas[4:]) if chat]
     return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(chats)]
 

@@ -82,6 +82,15 @@ def box(item: Thing | Print | Bar) -> Box:
     return (item.x - w, item.y - h, item.x + w, item.y + h)
 
 
+def letters(item: Print) -> list[tuple[str, Box]]:
+    """Each character of a print with its box, in pixels of the finished picture."""
+    x0, y0, x1, y1 = box(item)
+    font, _ = _ink(item, 4)
+    ends = [font.getlength(item.text[:i]) for i in range(len(item.text) + 1)]
+    xs = [x0 + (x1 - x0) * (end - ends[0]) / (ends[-1] - ends[0]) for end in ends]
+    return [(c, (xs[i], y0, xs[i + 1], y1)) for i, c in enumerate(item.text)]
+
+
 def _paint(
     draw: ImageDraw.ImageDraw, item: Item | Bar, fill: object, scale: int, font: str | None = None
 ) -> None:
@@ -198,3 +207,19 @@ def patch_items(scene: Scene, least: float = 0.08) -> list[Thing | Print | Bar |
         best = int(count.argmax()) if len(items) else -1
         found.append(items[best] if best >= 0 and count[best] >= least * PATCH**2 else None)
     return found
+
+
+def patch_letters(scene: Scene) -> list[str]:
+    """For each patch, row by row: the printed character that covers most of it, or ""."""
+    side = SIZE // PATCH
+    best = [(0.0, "")] * side**2
+    for item in scene.prints:
+        for letter, (x0, y0, x1, y1) in letters(item):
+            for row in range(max(int(y0 // PATCH), 0), min(int(y1 // PATCH), side - 1) + 1):
+                for column in range(max(int(x0 // PATCH), 0), min(int(x1 // PATCH), side - 1) + 1):
+                    w = min(x1, (column + 1) * PATCH) - max(x0, column * PATCH)
+                    h = min(y1, (row + 1) * PATCH) - max(y0, row * PATCH)
+                    found = (w * h, letter)
+                    if w * h >= 8:  # square pixels; less cannot be told
+                        best[row * side + column] = max(best[row * side + column], found)
+    return [letter for _, letter in best]

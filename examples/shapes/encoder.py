@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,11 +26,13 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from examples.shapes.drawing import box, draw, patch_items
+from examples.shapes.drawing import box, draw, patch_items, patch_letters
 from examples.shapes.phrases import COORDINATES, coordinate
 from examples.shapes.world import (
     COLORS,
+    LINE,
     MAX_HEIGHT,
+    MAX_PRINTS,
     NUMBERS,
     PATCH,
     SHAPES,
@@ -38,7 +43,9 @@ from examples.shapes.world import (
     Print,
     Scene,
     Thing,
+    make_prints,
     make_scene,
+    on_line,
     seeds,
 )
 from mlxvlm.attention import SelfAttention
@@ -65,12 +72,15 @@ GROUPS = (
     ("",) + DIGITS,  # and its units
     ("",) + WORDS,
     *[EDGES] * 4,
+    ("",) + tuple(sorted({*DIGITS, *"".join(WORDS)})),  # the character that a patch shows
 )
-WEIGHTS = (1.0,) * 7 + (0.25,) * 4
+WEIGHTS = (1.0,) * 7 + (0.25,) * 4 + (1.5,)
 SEEN = 7  # groups that must be right for an item to count as seen; edges are reported apart
 CLASSES = sum(len(group) for group in GROUPS)
 QUERIES = 9 + 5  # the picture's ninths, and the places of bars from left to right
 NONE_WEIGHT = 0.2
+PAGES = 0.4  # of the pictures: reading takes longest to learn
+IGNORE = -1  # the class of what is not asked
 
 
 class Teacher(nn.Module):
@@ -110,26 +120,28 @@ def classes(item: Thing | Print | Bar | None) -> list[int]:
         names[0], names[4], names[5] = "number", item.text[:-1], item.text[-1]
     else:
         names[0], names[6] = "word", item.text
-    names += [str(coordinate(v / SIZE)) for v in box(item)]
+    names += [*(str(coordinate(v / SIZE)) for v in box(item)), ""]
     return [group.index(name) for group, name in zip(GROUPS, names, strict=True)]
 
 
 def labels(scene: Scene) -> np.ndarray:
-    """[patches + QUERIES, groups] classes."""
+    """[patches + QUERIES, groups] classes; of a page the slots are not asked."""
     slots: list[Thing | Print | Bar | None] = [None] * QUERIES
     for item in scene.items:
         slots[3 * item.row + item.column] = item
     for i, bar in enumerate(scene.bars):
         slots[9 + i] = bar
     found = np.array([classes(item) for item in [*patch_items(scene), *slots]], np.int32)
+    found[:-QUERIES, -1] = [GROUPS[-1].index(letter) for letter in patch_letters(scene)]
+    if len(scene.prints) > MAX_PRINTS:
+        found[-QUERIES:] = IGNORE
     if scene.kind == "texture":
         found[:-QUERIES, 0] = GROUPS[0].index("texture")
     return found
 
 
-def batch(found: list[int]) -> tuple[mx.array, mx.array]:
-    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some seeds."""
-    scenes = [make_scene(seed) for seed in found]
+def batch(scenes: list[Scene]) -> tuple[mx.array, mx.array]:
+    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some scenes."""
     pixels = np.stack([np.asarray(draw(scene)) for scene in scenes]).astype(np.float32)
     return mx.array(pixels / 127.5 - 1), mx.array(np.stack([labels(scene) for scene in scenes]))
 
@@ -139,8 +151,8 @@ def loss(model: Teacher, pixels: mx.array, target: mx.array) -> mx.array:
     total, at = mx.array(0.0), 0
     for i, group in enumerate(GROUPS):
         wanted = target[..., i]
-        ce = nn.losses.cross_entropy(logits[..., at : at + len(group)], wanted)
-        weight = mx.where(wanted > 0, 1.0, NONE_WEIGHT)
+        ce = nn.losses.cross_entropy(logits[..., at : at + len(group)], mx.maximum(wanted, 0))
+        weight = mx.where(wanted > 0, 1.0, mx.where(wanted == 0, NONE_WEIGHT, 0.0))
         total = total + WEIGHTS[i] * (ce * weight).sum() / weight.sum()
         at += len(group)
     return total
@@ -153,14 +165,14 @@ def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[s
     source = seeds(split)
     ends = np.cumsum([len(group) for group in GROUPS])[:-1]
     for _ in range(0, count, 32):
-        pixels, target = batch([next(source) for _ in range(32)])
+        pixels, target = batch([make_scene(next(source)) for _ in range(32)])
         parts = np.split(np.array(model(pixels)), ends, axis=-1)
         guesses.append(np.stack([part.argmax(-1) for part in parts], axis=-1))
         targets.append(np.array(target))
     guess, wanted = np.concatenate(guesses), np.concatenate(targets)
-    ok = (guess == wanted)[..., :SEEN].all(-1)
-    held = (wanted[..., :SEEN] > 0).any(-1)
-    near = abs(guess - wanted)[..., SEEN:] <= 1
+    ok = np.array((guess == wanted)[..., :SEEN].all(-1))
+    held = np.array((wanted[..., :SEEN] > 0).any(-1))
+    near = abs(guess - wanted)[..., SEEN:-1] <= 1
     patches, slots = np.s_[:, :-QUERIES], np.s_[:, -QUERIES:]
     found = {
         "patches": ok[patches][held[patches]],
@@ -168,27 +180,59 @@ def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[s
         "slots": ok[slots][held[slots]],
         "edges": near[slots][held[slots]],
         "scenes": ok[slots].all(-1),
+        "letters": (guess == wanted)[..., -1][wanted[..., -1] > 0],
     }
     for kind, label in (("things", 1), ("bars", 3), ("numbers", 5), ("words", 6)):
         found[kind] = ok[slots][wanted[slots][..., label] > 0]
     return {name: float(values.mean()) for name, values in found.items()}
 
 
-def train(model: Teacher, steps: int, batch_size: int, peak: float) -> Iterator[tuple[int, float]]:
+def page(seed: int) -> Scene:
+    """Lines of print from edge to edge: what teaches to read, many letters at a time."""
+    rng = random.Random(f"page {seed}")
+    like = make_scene(seed)
+    prints = []
+    for line in range(SIZE // LINE):
+        x = rng.uniform(0, 8)
+        while rng.random() < 0.9:
+            (made,) = make_prints(rng, 1)
+            wide, _ = made.reach
+            if x + 2 * wide > SIZE:
+                break
+            prints.append(replace(made, x=x + wide, y=on_line(line * LINE, rng)))
+            x += 2 * wide + rng.uniform(2, 8)
+    return replace(like, things=(), bars=(), prints=tuple(prints))
+
+
+def practice(start: int = 0) -> Iterator[Scene]:
+    """Training scenes, far from those of the chat, and pages."""
+    for seed in seeds("train", 500_000_000 + start):
+        yield page(seed) if random.Random(f"page? {seed}").random() < PAGES else make_scene(seed)
+
+
+def train(
+    model: Teacher, steps: int, batch_size: int, peak: float, start: int = 0
+) -> Iterator[tuple[int, float]]:
     """AdamW with a short warm-up and a cosine; every picture is new. Yields (step, loss)."""
     warm = min(60, max(1, steps // 10))
     schedule = optim.join_schedules(
         [optim.linear_schedule(0.0, peak, warm), optim.cosine_decay(peak, steps - warm)], [warm]
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05)
-    step_fn = nn.value_and_grad(model, loss)
-    # Training scenes of the chat start at 0; the tower's start far from them.
-    source = seeds("train", 500_000_000)
-    for step in range(1, steps + 1):
-        value, grads = step_fn(model, *batch([next(source) for _ in range(batch_size)]))
+    value_and_grad = nn.value_and_grad(model, loss)
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def update(pixels: mx.array, target: mx.array) -> mx.array:
+        value, grads = value_and_grad(model, pixels, target)
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         optimizer.update(model, grads)
-        mx.eval(model.parameters(), optimizer.state, value)
+        return value
+
+    source = practice(start)
+    for step in range(1, steps + 1):
+        value = update(*batch([next(source) for _ in range(batch_size)]))
+        mx.eval(state, value)
         yield step, value.item()
 
 

@@ -32,6 +32,7 @@ from examples.shapes.exam import BLIND_SCENES, blind_guesses, exam, take, wilson
 from examples.shapes.qa import QA
 from examples.shapes.questions import SCORED
 from examples.shapes.world import Scene
+from mlxvlm.boxes import parse
 
 Draw = Callable[[Scene], Image.Image]
 
@@ -99,9 +100,10 @@ def right_chats(vlm: Any, asked: Sequence[tuple[Any, Sequence[QA]]], batch: int 
 
 def overlap(said: str, wanted: str) -> float:
     """Intersection over union of the boxes in two answers; 0 where one has none."""
-    (a, *_), (b, *_) = ([*parse(text), None] for text in (said, wanted))
-    if a is None or b is None:
+    found, right = (parse(text)[0] for text in (said, wanted))
+    if not found or not right:
         return 0.0
+    a, b = found[0], right[0]
     w = min(a.x1, b.x1) - max(a.x0, b.x0)
     h = min(a.y1, b.y1) - max(a.y0, b.y0)
     shared = max(0, w) * max(0, h)

@@ -28,8 +28,8 @@ ASKS = {
         "Which shape is {color}|?",
         "What shape is {color}|?",
         "What is the {color}| shape?",
-        "Which object in the {picture} is {color}|?",
-        "What is the shape of the {color}| object?",
+        "Which shape in the {picture} is {color}|?",
+        "What shape is the {color}| one?",
         "The {color}| one: which shape is it?",
     ),
     "color": (
@@ -50,7 +50,7 @@ ASKS = {
         "Which shape is the {extreme}|?",
         "What is the {extreme}| shape?",
         "Which is the {extreme}| shape in the {picture}?",
-        "Which object is the {extreme}|?",
+        "Which of the shapes is the {extreme}|?",
     ),
     "count_all": (
         "How many shapes| are there?",
@@ -179,6 +179,7 @@ ASKS = {
     ),
 }
 NOT_THERE = "not there"
+IN_ONE_WORD = "Answer in one word."
 OUTSIDE = "I only know drawn scenes."
 OUTSIDE_ASKS = (
     "Who is in the picture?",
@@ -216,7 +217,7 @@ def vocabulary() -> list[str]:
     """Every word that a question or an answer can hold, in lower case, plurals by their stems."""
     texts = [text for kind in sorted(ASKS) for text in ASKS[kind]]
     texts = [re.sub(r"\{.*?\}", " ", text) for text in texts]
-    texts += [NOT_THERE, OUTSIDE, ABSENT, "picture image colour color centre center"]
+    texts += [NOT_THERE, OUTSIDE, IN_ONE_WORD, ABSENT, "picture image colour color centre center"]
     texts += ["The number of shapes is at. In the top: a an. Yes. No. tallest shortest"]
     texts += ["largest smallest biggest left of right above below or says"]
     texts += [*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *NUMBERS]

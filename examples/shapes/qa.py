@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from examples.shapes.phrases import ABSENT, ASKS, PLURALS, plural
+from examples.shapes.phrases import ABSENT, ASKS, IN_ONE_WORD, NOT_THERE, PLURALS, plural
 from examples.shapes.world import NUMBERS, Bar, Print, Thing
 
 Words = dict[str, float]
+YES_NO = ("Yes", " No")
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,21 @@ def absent(rng: random.Random, all_of: Sequence[str], present: set[str]) -> str 
     """One of `all_of` that is not present."""
     left = [word for word in all_of if word not in present]
     return rng.choice(left) if left else None
+
+
+def in_one_word(qa: QA) -> QA | None:
+    """The question put so that it wants the looked-up word alone; None where that is not one."""
+    told = qa.answer.removesuffix(".")
+    one = "shape color size largest number word text".split()
+    if qa.kind not in one and not qa.kind.startswith(("count", "bar")) and told[-3:] not in YES_NO:
+        return None
+    if told.endswith(NOT_THERE):
+        return None
+    question = qa.question if qa.question[-1] in "?." else qa.question + "?"
+    return replace(
+        qa,
+        ask=qa.ask + " in one word",
+        question=f"{question} {IN_ONE_WORD}",
+        answer=told.split()[-1],
+        marks=tuple(mark for mark in qa.marks if mark.turn == 0),
+    )

@@ -2,7 +2,7 @@
 
 Only questions with one right answer are asked. Every answer restates the key before the word that
 has to be looked up ("The circle is red.", "In the top left is nothing."), so that a small model
-finds the thing first and then reads it off. About a picture with nothing drawn in it, every question
+finds the thing first and then reads it off. About a picture with nothing drawn in it every question
 has the same answer: that only drawn scenes are known.
 """
 

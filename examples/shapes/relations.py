@@ -7,14 +7,14 @@ import random
 from examples.shapes.phrases import ABSENT
 from examples.shapes.qa import QA, ground, make
 from examples.shapes.things import short, unique_name
-from examples.shapes.world import Scene, Thing
+from examples.shapes.world import Item, Scene
 
 APART = 8.0  # pixels between two centres, from which one counts as beside the other
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SIDES = tuple(OPPOSITE)
 
 
-def offset(side: str, a: Thing, b: Thing) -> float:
+def offset(side: str, a: Item, b: Item) -> float:
     """How far `a` lies on that side of `b`, in pixels; below 0 on the other."""
     along = a.x - b.x if side in ("left of", "right of") else a.y - b.y
     return along if side in ("right of", "below") else -along
@@ -35,11 +35,11 @@ def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
     holds = offset(side, a, b) > 0
     if rng.random() < 0.5:
         answer = f"The {slots['a']}| {side} the {slots['b']}|? {'Yes' if holds else 'No'}."
-        return make("relation", ask, rng, answer, words, side=side, **slots)
+        return make("relation", ask, rng, answer, words, "relation", words, side=side, **slots)
     told = side if holds else OPPOSITE[side]
     answer = f"The {slots['a']}| is {told} the {slots['b']}|."
     slots |= {"side": side.removesuffix(" of"), "other": OPPOSITE[side]}
-    return make("relation", f"{ask} or", rng, answer, words, "relation_or", **slots)
+    return make("relation", f"{ask} or", rng, answer, words, "relation_or", words, **slots)
 
 
 def ask_next(scene: Scene, rng: random.Random) -> QA | None:

@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+from examples.shapes.phrases import OUTSIDE
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = Path(__file__).resolve().parent / "recipe"
 ABOUT = (
@@ -47,7 +49,7 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
         "language": ["examples.shapes.language", "--out", language],
         "build": ["mlxvlm", "build", "--vision", encoder, "--language", language, "--out", base]
         + ["--projector-width", "160", "--projector-heads", "5", "--num-positions", "64"]
-        + ["--layout", "llama-3", "--about", ABOUT],
+        + ["--layout", "llama-3", "--about", ABOUT, "--refusal", OUTSIDE],
         "cache": ["mlxvlm", "cache-embeddings", data / "images", "--model", encoder]
         + ["--out", cache, "--codec", "float32", "--batch-size", "64"],
         "pretrain": ["mlxvlm", "pretrain", "--config", RECIPES / "pretrain.toml", "--model", base]
@@ -62,8 +64,8 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
         found["encoder"] += ["--steps", "4", "--batch-size", "4", "--eval", "32"]
         found["pretrain"] += ["--iters", "4", "--batch-size", "2"]
         found["sft"] += ["--iters", "3", "--batch-size", "2"]
-        found["evaluate"] += ["--scenes", "2", "--blind-scenes", "20"]
-        found["evaluate"] += ["--generate", "2", "--chats", "1"]
+        found["evaluate"] += ["--each", "2", "--blind-scenes", "20"]
+        found["evaluate"] += ["--boxes", "2", "--generate", "1", "--chats", "1"]
     return {stage: [str(part) for part in parts] for stage, parts in found.items()}
 
 

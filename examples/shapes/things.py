@@ -228,7 +228,7 @@ def ask_yesno(scene: Scene, rng: random.Random) -> QA | None:
         answer = f"{article(key).capitalize()}| shape? {'Yes' if found else 'No'}."
         words = [ground(found)]
         slots = {"color": key, "a_color": article(key)}
-        return make("yesno", f"is {key}", rng, answer, words, "yesno_color", **slots)
+        return make("yesno", f"is {key}", rng, answer, words, "yesno_color", words, **slots)
     answer = f"{article(key).capitalize()}|? {'Yes' if found else 'No'}."
     return make("yesno", f"is {key}", rng, answer, [ground(found)], a_thing=article(key))
 

@@ -5,8 +5,9 @@
     "bars"     a bar chart: 2 to 5 coloured bars of whole heights over a grid of lines
     "texture"  nothing drawn: blobs, gradients and grain, as photographs have them
 
-Things and prints stand anywhere, but apart: each in its own ninth of the picture, so that "top left"
-means one of them, and never within `MARGIN` pixels of the line between two ninths.
+Things stand anywhere, and prints anywhere on lines `LINE` pixels apart, but each in its own ninth
+of the picture, so that "top left" means one of them, and never within `MARGIN` pixels of the border
+between two ninths.
 Every attribute is one word (`words`). Nothing here depends on hash order or on the clock.
 `drawing` makes the pictures.
 """
@@ -34,8 +35,10 @@ COLORS = {
     "black": (28, 28, 32),
 }
 INKS = tuple(color for color in COLORS if color != "yellow")  # yellow letters cannot be read
-RADII = {"small": (5.6, 6.6), "medium": (8.2, 9.4), "big": (11.4, 13.2)}
+RADII = {"small": (6.0, 6.8), "medium": (8.4, 9.4), "big": (11.4, 13.2)}
 SIZES = tuple(RADII)
+PRINT_HEIGHTS = (10.4, 11.6)  # of capitals and digits, in pixels
+LINE = 12  # print stands on lines so far apart, each about the middle of one
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -45,6 +48,9 @@ WORDS = tuple(
     "TEA TREE WAY WOLF YES ZOO".split()
 )
 PRINTED_NUMBERS = range(100)
+# A character's width in units of its height, in the typeface that Pillow brings.
+WIDTHS = dict.fromkeys("CDGHNOU", 1.05) | {"M": 1.26, "W": 1.38, "I": 0.4}
+USUAL_WIDTH = 0.92
 PAPERS = (
     (255, 255, 255),
     (250, 246, 235),
@@ -138,7 +144,8 @@ class Print(Item):
 
     @property
     def reach(self) -> tuple[float, float]:
-        return (0.44 * self.height * len(self.text) + 1, 0.5 * self.height + 1)
+        wide = sum(WIDTHS.get(letter, USUAL_WIDTH) for letter in self.text)
+        return (0.5 * self.height * wide + 0.5, 0.5 * self.height + 1)
 
 
 @dataclass(frozen=True)
@@ -205,9 +212,9 @@ def make_scene(seed: int) -> Scene:
     (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
     look = Look(
         rng.choice(PATTERNS) if kind in ("shapes", "printed") else "plain",
-        rng.uniform(2.0, 9.0) if rng.random() < 0.3 else 0.0,
-        rng.uniform(0.8, 1.08) if rng.random() < 0.3 else 1.0,
-        rng.randint(30, 90) if rng.random() < 0.3 else 0,
+        rng.uniform(2.0, 7.0) if rng.random() < 0.25 else 0.0,
+        rng.uniform(0.85, 1.06) if rng.random() < 0.25 else 1.0,
+        rng.randint(40, 90) if rng.random() < 0.25 else 0,
     )
     if kind == "bars":
         return Scene(seed, paper, look, bars=_bars(rng))
@@ -217,7 +224,7 @@ def make_scene(seed: int) -> Scene:
     if kind == "shapes":
         wanted += _things(rng)
     if kind == "printed" or rng.random() < PRINT_BESIDE_SHAPES:
-        wanted += _prints(rng, rng.randint(1, MAX_PRINTS) if kind == "printed" else 1)
+        wanted += make_prints(rng, rng.randint(1, MAX_PRINTS) if kind == "printed" else 1)
     placed = _place(wanted, rng)
     placed.sort(key=lambda item: (item.row, item.column))
     things = tuple(item for item in placed if isinstance(item, Thing))
@@ -243,14 +250,19 @@ def _things(rng: random.Random) -> list[Thing]:
     return things
 
 
-def _prints(rng: random.Random, count: int) -> list[Print]:
+def make_prints(rng: random.Random, count: int) -> list[Print]:
     """Prints that have no place yet, each of its own colour and text."""
     found = []
     for color in rng.sample(INKS, count):
         text = str(rng.choice(PRINTED_NUMBERS)) if rng.random() < 0.5 else rng.choice(WORDS)
         if text not in [other.text for other in found]:
-            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(10.5, 14.0)))
+            found.append(Print(color, _rgb(rng, color), 0, 0, text, rng.uniform(*PRINT_HEIGHTS)))
     return found
+
+
+def on_line(y: float, rng: random.Random) -> float:
+    """The middle of the line that y falls on, give or take half a pixel."""
+    return (int(y // LINE) + 0.5) * LINE + rng.uniform(-0.5, 0.5)
 
 
 def _place(wanted: list[Thing | Print], rng: random.Random) -> list[Thing | Print]:
@@ -260,6 +272,8 @@ def _place(wanted: list[Thing | Print], rng: random.Random) -> list[Thing | Prin
         for _ in range(200):
             w, h = item.reach
             x, y = rng.uniform(w + 1, SIZE - w - 1), rng.uniform(h + 1, SIZE - h - 1)
+            if isinstance(item, Print):
+                y = on_line(y, rng)
             found = type(item)(**{**vars(item), "x": x, "y": y})
             edge = min(abs(v - line) for v in (x, y) for line in (CELL, 2 * CELL))
             if edge >= MARGIN and not any(_meet(found, other) for other in placed):

@@ -73,6 +73,11 @@ class EmbeddingCache:
 
         return codec_named(self.meta.get("codec"))
 
+    @property
+    def projected(self) -> bool:
+        """Whether the features are what the language model sees (`--at projector`)."""
+        return self.meta.get("encoder", {}).get("at") == "projector"
+
     # Lookups
 
     def __len__(self) -> int:
@@ -97,7 +102,13 @@ class EmbeddingCache:
         from ..images.picture import Features
 
         packed = self.packed(key, plan)
-        return Features(packed.decode(), packed.grid, packed.size, packed.sha256)
+        return Features(
+            packed.decode(), packed.grid, packed.size, packed.sha256, projected=self.projected
+        )
+
+    def find(self, key: str | Path, plan: str = PLAN) -> Features | None:
+        """As `get`, but None for a picture that is not in the cache, or could not be cached."""
+        return self.get(key, plan) if self._find(str(key), plan) else None
 
     def packed(self, key: str | Path, plan: str = PLAN) -> PackedFeatures:
         """A picture's records, checked but not decoded: for `unpack` to decode on the device."""

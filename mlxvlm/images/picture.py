@@ -30,12 +30,14 @@ class Features:
     """What a frozen encoder says of one picture: `views` is a list of [tokens, width] arrays.
 
     The arrays are MLX or NumPy; they differ in length only where the views differ in size.
+    projected: whether the projector has run too, and the width is the language model's.
     """
 
     views: list[Any]
     grid: tuple[int, int] = (1, 1)
     size: tuple[int, int] | None = None
     sha256: str | None = None
+    projected: bool = False
 
     @property
     def array(self) -> Any:

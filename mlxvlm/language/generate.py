@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -36,6 +36,8 @@ def generate_tokens(
     vocab_size: int | None = None,
     prompt_cache: Any = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
+    pauses: Sequence[int] = (),
+    at_pause: Callable[[int], None] | None = None,
 ) -> Generator[int, None, None]:
     """Yields at most `max_tokens` ids; an id of `stop_ids` is yielded and ends it.
 
@@ -43,12 +45,15 @@ def generate_tokens(
     tokens: [L] ids of the prompt. They serve the repetition penalty, which sees text alone: a
         position that holds a banned id (the image token) does not count, and such an id may lie
         outside the table.
-    embeddings: [L, D], what the model reads in their stead.
+    embeddings: [N, D], what the model reads in the stead of the last N of them; the others are in
+        `prompt_cache` already.
     banned_ids: never sampled, whatever their logits. vocab_size: nor is any id from it on, so rows
         that pad the table past the tokenizer's last id stay silent.
     seed: makes sampling a function of it, with keys of its own; without one the keys come from
         MLX's global state (`mx.random.seed`). Greedy decoding (temperature 0) draws nothing.
-    prompt_cache: KV caches to start from and to fill; fresh ones otherwise.
+    prompt_cache: KV caches to start from and to fill; fresh ones otherwise. When k ids have come
+        out, they hold the prompt and these k.
+    pauses: lengths of the prompt, rising, at which the prefill stops for a call of `at_pause`.
 
     All runs on the default stream at the first token. Close a generator that is left early.
     """
@@ -63,16 +68,18 @@ def generate_tokens(
         prefill_step_size=prefill_step_size,
     )
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or embeddings.ndim != 2 or len(tokens) != len(embeddings):
+    start = len(tokens) - len(embeddings)
+    if tokens.ndim != 1 or embeddings.ndim != 2 or start < 0 or (start and prompt_cache is None):
         raise ValueError(
-            f"tokens {tokens.shape} and embeddings {embeddings.shape} must be [L], [L, D]"
+            f"tokens {tokens.shape} and embeddings {embeddings.shape} must be [L], [N, D], where "
+            "what is before the last N is in prompt_cache"
         )
-    if not len(tokens):
+    if not len(embeddings):
         raise ValueError("an empty prompt has nothing to go on from")
     spoken = ~np.isin(tokens, np.fromiter(banned_ids, np.int64))
     processors = [_mute(banned_ids, vocab_size)]
     if repetition_penalty is not None:
-        processors.append(_penalise(repetition_penalty, tokens[spoken], len(tokens)))
+        processors.append(_penalise(repetition_penalty, tokens[spoken]))
     settings = {
         "max_tokens": max_tokens,
         "sampler": _sampler(temperature, top_p, top_k, min_p, seed),
@@ -81,7 +88,10 @@ def generate_tokens(
         "prefill_step_size": prefill_step_size,
     }
     # Masked positions get id 0: the embeddings rule, but an id must stay inside the table.
-    return _run(lm, np.where(spoken, tokens, 0), embeddings, frozenset(stop_ids), settings)
+    ids = np.where(spoken, tokens, 0)[start:]
+    stops = [pause - start for pause in pauses if start < pause < len(tokens)]
+    told = (lambda at: at_pause(start + at)) if at_pause else (lambda at: None)
+    return _run(lm, ids, embeddings, frozenset(stop_ids), settings, stops, told)
 
 
 def _run(
@@ -90,6 +100,8 @@ def _run(
     embeddings: mx.array,
     stop_ids: frozenset[int],
     settings: dict[str, Any],
+    pauses: list[int],
+    at_pause: Callable[[int], None],
 ) -> Generator[int, None, None]:
     from mlx_lm.generate import generate_step
 
@@ -97,14 +109,29 @@ def _run(
     # tokens would land there too, and two generators would restore each other's.
     home = mx.default_stream(mx.default_device())
     prompt = mx.array(ids.astype(np.int32))
+    done, step = 0, settings["prefill_step_size"]
+    for pause in pauses:
+        for at in range(done, pause, step):
+            stop = min(at + step, pause)
+            _read(lm, prompt[at:stop], embeddings[at:stop], settings["prompt_cache"])
+        at_pause(pause)
+        done = pause
+    rest = embeddings[done:]
     with closing(
-        generate_step(prompt, lm, stream=home, input_embeddings=embeddings, **settings)
+        generate_step(prompt[done:], lm, stream=home, input_embeddings=rest, **settings)
     ) as steps:
         for step, _ in steps:
             token = int(step)  # an int already, but typed as an array
             yield token
             if token in stop_ids:
                 break
+
+
+def _read(lm: Any, ids: mx.array, embeddings: mx.array, caches: list[Any]) -> None:
+    """Fills the caches with a piece of the prompt, as generate_step's own prefill does."""
+    lm(ids[None], cache=caches, input_embeddings=embeddings[None])
+    mx.eval([cache.state for cache in caches])
+    mx.clear_cache()
 
 
 def _sampler(
@@ -150,7 +177,7 @@ def _mute(banned_ids: Collection[int], vocab_size: int | None) -> Callable[..., 
     return mute
 
 
-def _penalise(penalty: float, text: np.ndarray, prompt_length: int) -> Callable[..., mx.array]:
+def _penalise(penalty: float, text: np.ndarray) -> Callable[..., mx.array]:
     """mlx-lm's repetition penalty over the prompt's `text` ids and what was generated since."""
     from mlx_lm.sample_utils import make_logits_processors
 
@@ -158,9 +185,12 @@ def _penalise(penalty: float, text: np.ndarray, prompt_length: int) -> Callable[
         repetition_penalty=penalty, repetition_context_size=REPETITION_CONTEXT_SIZE
     )
     context = mx.array(text.astype(np.int32))
+    read: int | None = None  # tokens of the prompt that this run has read: those of the first call
 
     def penalise(tokens: mx.array, logits: mx.array) -> mx.array:
-        answer = tokens[prompt_length:].astype(mx.int32)
+        nonlocal read
+        read = len(tokens) if read is None else read
+        answer = tokens[read:].astype(mx.int32)
         return inner(mx.concatenate([context, answer]), logits)
 
     return penalise

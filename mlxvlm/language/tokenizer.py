@@ -52,6 +52,7 @@ class Tokenizer:
         self._added_tokens = decoder
         self.bos_token_id = self._find_bos(settings)
         self.eos_token_ids = self._find_eos(settings)
+        self.generation_config: dict[str, Any] = settings.get("generation_config") or {}
         self._plain = PlainText(backend, self.control.values())
 
     @classmethod

@@ -29,7 +29,7 @@ def open_caches(
     features."""
     paths = list(dict.fromkeys(source.cache for source in sources if source.cache))
     caches = {path: EmbeddingCache.open(path) for path in paths}
-    behind = [path for path in paths if caches[path].meta["encoder"].get("at") == "projector"]
+    behind = [path for path in paths if caches[path].projected]
     if behind and "projector" in config.parts:
         raise ConfigError(
             f"{behind[0]} holds what the projector gives, so the projector cannot train "

@@ -178,7 +178,7 @@ class Encoder:
         used = [(n, x) for n, x in tensors_of(self.vision) if self.vision.feeds_features(n)]
         arrays = [x for _, x in used]
         # Loading or training puts new arrays in place of these, and then the digest is stale.
-        if self._digest is None or not _same(self._digest[0], arrays):
+        if self._digest is None or not same_arrays(self._digest[0], arrays):
             self._digest = (arrays, digest_of(used))
         return self._digest[1]
 
@@ -200,7 +200,8 @@ def tensors_of(module: nn.Module) -> list[tuple[str, mx.array]]:
     return sorted(((n, x) for n, x in flat if isinstance(x, mx.array)), key=lambda item: item[0])
 
 
-def _same(a: list[mx.array], b: list[mx.array]) -> bool:
+def same_arrays(a: list[mx.array], b: list[mx.array]) -> bool:
+    """Whether two lists hold the very same arrays."""
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
