@@ -1,6 +1,6 @@
 """The smaller drawn world that the studies train and examine on.
 
-Scenes of `MOST` items at most, of shapes and of bars, and four kinds of questions: small enough
+Scenes of `MOST` items at most, shapes or bars, and four kinds of questions: small enough
 that a tiny language model gets far with them in about a minute, so that many runs can be compared.
 
     DIR/images/000/000123.png     the pictures, the same for all variants
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 from examples.shapes.data import align, name_of, row
 from examples.shapes.drawing import draw
 from examples.shapes.exam import asks
+from examples.shapes.phrases import ABSENT
 from examples.shapes.qa import QA
 from examples.shapes.questions import MIXES, ask_many, ask_one
-from examples.shapes.world import Scene, make_scene, seeds
+from examples.shapes.world import PATCH, SIZE, Scene, make_scene, seeds
 
 KINDS = ("color", "where", "count_shape", "bar_value")
 MOST = 3
@@ -45,15 +46,18 @@ class Rows:
     restated: answers say the key again ("The circle is red.", not "Red.").
     words: the tokenizer has every word whole; else targets keep the words that it has.
     percent: of the studies' pictures, evenly spread; above 100, more of them.
+    grid: visual tokens a side, each of which is to name what its part of the picture shows.
     """
 
     restated: bool = True
     words: bool = True
     percent: int = 100
+    grid: int = SIZE // PATCH
 
     @property
     def name(self) -> str:
         parts = ["restated" if self.restated else "direct", *([] if self.words else ["bpe"])]
+        parts += [] if self.grid == SIZE // PATCH else [f"grid{self.grid}"]
         return "-".join([*parts, str(self.percent)])
 
 
@@ -61,7 +65,7 @@ def scenes(split: str) -> Iterator[Scene]:
     """The split's scenes that belong to the smaller world."""
     for seed in seeds(split):
         scene = make_scene(seed)
-        if scene.kind in ("shapes", "bars") and len(scene.bars or scene.items) <= MOST:
+        if 0 < len(scene.bars or scene.things) <= MOST and not scene.prints:
             yield scene
 
 
@@ -120,6 +124,21 @@ def chat_rows(scene: Scene, image: str, restated: bool = True) -> list[dict]:
     return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(turns)]
 
 
+def coarser(raw: dict, grid: int) -> dict:
+    """A row whose visual tokens are a grid of larger parts: each names what its first patch names,
+    items before emptiness."""
+    each = SIZE // PATCH // grid
+    if each == 1 or "align" not in raw["targets"]:
+        return raw
+    found: dict[int, dict] = {}
+    marks = raw["targets"]["align"]
+    for mark in sorted(marks, key=lambda mark: ABSENT in mark["words"]):
+        row, column = divmod(mark["token"], SIZE // PATCH)
+        token = row // each * grid + column // each
+        found.setdefault(token, mark | {"token": token})
+    return raw | {"targets": raw["targets"] | {"align": list(found.values())}}
+
+
 def keep_words(raw: dict, known: Callable[[str], bool]) -> dict:
     """A row whose targets name only words that are known; the trainer takes no others."""
     targets: dict[str, Any] = {}
@@ -166,9 +185,17 @@ def texts(count: int, restated: bool = True) -> Iterator[str]:
             yield qa.answer
 
 
-def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None) -> None:
-    """Writes the rows about the `count` pictures that are 100%, a share of them, or more."""
-    known = whole_words(tokenizer) if tokenizer else lambda word: True
+def write(out: Path, rows: Rows, count: int, tokenizers: Sequence[Tokenizer] = ()) -> None:
+    """Writes the rows about the `count` pictures that are 100%, a share of them, or more.
+
+    Targets name the words that all of the tokenizers have whole.
+    """
+    known = [whole_words(tokenizer) for tokenizer in tokenizers]
+
+    def kept(found: Iterable[dict]) -> Iterator[dict]:
+        for raw in found:
+            yield keep_words(coarser(raw, rows.grid), lambda word: all(has(word) for has in known))
+
     wanted = max(1, count * rows.percent // 100)
     every = max(1, 100 // rows.percent)
     folder = out / rows.name
@@ -183,13 +210,11 @@ def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None)
             if i % every:
                 continue
             name = name_of(i)
-            _dump(
-                (keep_words(r, known) for r in pretrain_rows(scene, name, rows.restated)), pretrain
-            )
+            _dump(kept(pretrain_rows(scene, name, rows.restated)), pretrain)
             if taken % 2 == 0:
                 # A third of them keep up the single questions.
                 make = pretrain_rows if taken % 6 == 4 else chat_rows
-                _dump((keep_words(r, known) for r in make(scene, name, rows.restated)), sft)
+                _dump(kept(make(scene, name, rows.restated)), sft)
             taken += 1
     for name, part in parts.items():
         part.replace(folder / f"{name}.jsonl")

@@ -25,7 +25,7 @@ from examples.shapes.study_variants import ALL, LABELS, NAMES, STUDIES
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TITLES = {
     "projectors": "Projectors and caches",
-    "parts": "A fresh projector on the trained language model",
+    "parts": "What trains beside a fresh projector",
     "recipe": "What the recipe's parts do",
     "amount": "Less data",
 }

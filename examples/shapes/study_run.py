@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 import mlxvlm
 from examples.shapes import study_data as data
 from examples.shapes.evaluate import features, right_answers, right_chats
-from examples.shapes.study import cache_of, folder_of, language_of
-from examples.shapes.study_variants import NAMES, Flags, Variant, recipe
+from examples.shapes.study import cache_of, folder_of, language_of, lift_language
+from examples.shapes.study_variants import FULL_DATA, NAMES, TEACHER, Flags, Variant, recipe
 from mlxvlm.cli.main import app
 from mlxvlm.train.loop import Trainer
 from mlxvlm.train.stages import stage_config
@@ -38,8 +38,9 @@ def toml(fields: Flags) -> str:
     return "\n".join(plain) + "\n"
 
 
-def build_command(variant: Variant, seed: int, language: str, base: str) -> list[str]:
-    found = ["build", "--vision", "encoder", "--language", language, "--out", base]
+def build_command(variant: Variant, seed: int, base: str) -> list[str]:
+    found = ["build", "--vision", "encoder", "--language", language_of(variant, seed)]
+    found += ["--out", base]
     for name, value in variant.build.items():
         found += [f"--{name}", str(value)]
     return [*found, "--layout", "llama-3", "--seed", str(seed)]
@@ -49,7 +50,7 @@ def stage_flags(variant: Variant, stage: str, model: str, out: str) -> Flags:
     percent = (
         variant.sft_percent if stage == "sft" and variant.sft_percent else variant.rows.percent
     )
-    written = data.Rows(variant.rows.restated, variant.rows.words, percent)
+    written = replace(variant.rows, percent=percent)
     return {
         "config": f"{out}.toml",
         "model": model,
@@ -58,13 +59,6 @@ def stage_flags(variant: Variant, stage: str, model: str, out: str) -> Flags:
         "cache": cache_of(variant),
         "out": out,
     }
-
-
-def lift_language(model: str, like: str, to: str) -> None:
-    """The language model alone of a trained one, as a folder of its own."""
-    shutil.copytree(like, to)
-    weights = dict(tree_flatten(mlxvlm.load(model).language.parameters()))
-    mx.save_safetensors(f"{to}/model.safetensors", weights, metadata={"format": "mlx"})
 
 
 def train(stage: str, flags: Flags) -> dict[str, Any]:
@@ -126,15 +120,11 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
     """Runs the variant; its result."""
     started, cpu = time.perf_counter(), time.process_time()
     folder = folder_of(Path(), variant, seed)
-    default = folder_of(Path(), NAMES["default"], seed)
     model, written = str(folder / "base"), []
-    language = language_of(variant, seed)
     if variant.start == "pretrained":
-        model = str(default / "pretrain")
+        model = str(folder_of(Path(), NAMES[FULL_DATA], seed) / "pretrain")
     else:
-        if variant.start == "trained":
-            lift_language(str(default / "sft"), language, language := str(folder / "language"))
-        arguments = build_command(variant, seed, language, model)
+        arguments = build_command(variant, seed, model)
         written.append(f"mlxvlm {shlex.join(arguments)}")
         app(arguments, standalone_mode=False)
     result: dict[str, Any] = {"variant": variant.name, "seed": seed}
@@ -156,6 +146,8 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
             app([*arguments, "--out", model], standalone_mode=False)
         else:
             model = flags["out"]
+    if variant.name == TEACHER:
+        lift_language(Path(model), Path("language/taught"))
     last = variant.stages[-1]
     result["final"] = result[last]["right"]
     sizes = {part: size_of(vlm[part]) for part in ("projector", "language")}
