@@ -4,10 +4,11 @@ python -m examples.shapes.study prepare --out runs/study --encoder runs/shapes/e
 python -m examples.shapes.study run --out runs/study        # goes on where it was
 python -m examples.shapes.study report --out runs/study     # Markdown tables, and the plot
 
-All variants (`study_variants`) share the encoder, its pictures, the language model's size and the
-number of steps, and differ in what their names say. A run is build, pretrain and sft, each measured
-(`study_run`), in a process of its own: RUNS/VARIANT-SEED/result.json says that it is finished. All
-variants run with one seed before the next seed begins, so that an early stop leaves whole tables.
+All variants of a study (`study_variants`) share the encoder, the language model they start from,
+the pictures and the number of steps, and differ in what their rows in the tables say. A run is
+build, then one or two stages, each measured (`study_run`), in a process of its own;
+runs/VARIANT-SEED/result.json says that it is finished. All variants run with one seed before the
+next seed begins, so that an early stop leaves whole tables.
 """
 
 from __future__ import annotations
@@ -98,7 +99,6 @@ def prepare(
         shutil.copytree(encoder, out / "encoder")
     rows = rows_needed(variants)
     most = pictures * max(100, *(r.percent for r in rows)) // 100
-    # Pictures beyond 100% have a folder and a cache of their own reading: one float32 cache is all.
     data.draw_pictures(out / "images", most)
     whole = [build(), Tokenizer.from_file(str(shipped / "tokenizer.json"))]
     bpe = None
@@ -122,9 +122,10 @@ def prepare(
         count = pictures * max(100, needed) // 100
         flags = ["--model", "encoder", "--out", folder, "--codec", codec, "--pool", pool]
         flags += ["--batch-size", "64", "--limit", str(count)]
-        if not (out / folder / "done").exists():
+        done = out / folder / f"done-{count}"
+        if not done.exists():
             command(out, ["mlxvlm", "cache-embeddings", "images", *flags])
-            (out / folder / "done").touch()
+            done.touch()
 
 
 def command(out: Path, arguments: list[str], log: Path | None = None) -> int:
@@ -140,7 +141,7 @@ def command(out: Path, arguments: list[str], log: Path | None = None) -> int:
 
 
 def queue(out: Path, seeds: list[int], variants: list[Variant]) -> list[tuple[Variant, int]]:
-    """Runs that are not finished, seed by seed; one that starts from the default comes after it."""
+    """Runs that are not finished, seed by seed; in a seed, what others start from comes first."""
     found = []
     for seed in seeds:
         for variant in variants:

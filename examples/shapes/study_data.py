@@ -173,8 +173,11 @@ def whole_words(tokenizer: Tokenizer) -> Callable[[str], bool]:
 def draw_pictures(images: Path, count: int) -> None:
     for i, scene in zip(range(count), scenes("train"), strict=False):
         name = images / name_of(i)
-        name.parent.mkdir(parents=True, exist_ok=True)
-        draw(scene).save(name, compress_level=1)
+        if not name.exists():
+            name.parent.mkdir(parents=True, exist_ok=True)
+            part = name.with_suffix(".partial")
+            draw(scene).save(part, "PNG", compress_level=1)
+            part.replace(name)
 
 
 def texts(count: int, restated: bool = True) -> Iterator[str]:
