@@ -247,8 +247,16 @@ def test_a_table_has_a_row_for_each_variant_that_has_run(tmp_path, capsys):
     folder = tmp_path / "runs" / "attention-mean2-0"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(result("attention-mean2", 0, 1)))
-    study_report.write(tmp_path, None, None)
+    study_report.write(tmp_path)
     told = capsys.readouterr().out
     assert told.count("| **80.0** | 55.2 to 100.0 | 72.0 to 86.2 |") == 2
     assert "| two-block attention | 3 |" in told and "| mean 2 x 2 + attention | 1 |" in told
     assert "all of the language model" in told and "Less data" not in told
+    page = tmp_path / "page.md"
+    marks = "".join(f"{s}\n<!-- {s} -->\nold\n<!-- end of {s} -->\n" for s in variants.STUDIES)
+    page.write_text(marks + "the end\n")
+    study_report.write(tmp_path, page=page)
+    study_report.write(tmp_path, page=page)
+    text = page.read_text()
+    assert text.count("| two-block attention | 3 |") == 1 and text.endswith("-->\nthe end\n")
+    assert "old" not in text and text.startswith("projectors\n<!-- projectors -->\n| | runs |")

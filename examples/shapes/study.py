@@ -192,6 +192,7 @@ def main() -> None:
         action.add_argument("--out", type=Path, required=True)
         if name == "report":
             action.add_argument("--plot", type=Path, help="also draw all results to this PNG file")
+            action.add_argument("--page", type=Path, help="also write the tables into this page")
             action.add_argument("--json", type=Path, help="also write all results to this file")
             continue
         action.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -208,7 +209,7 @@ def main() -> None:
     if args.action == "report":
         from examples.shapes import study_report
 
-        study_report.write(out, args.plot, args.json)
+        study_report.write(out, args.plot, args.json, args.page)
         return
     variants = [variant for variant in ALL if variant.name in args.variants]
     if args.action == "prepare":

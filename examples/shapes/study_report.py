@@ -179,9 +179,25 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     image.save(path)
 
 
-def write(out: Path, plot: Path | None, to_json: Path | None) -> None:
-    """Prints all tables that have rows; draws and keeps the results where asked to."""
+def fill(page: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes each table anew between its marks in a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    for study in STUDIES:
+        marks = (f"<!-- {study} -->\n", f"<!-- end of {study} -->")
+        if not all(text.count(mark) == 1 for mark in marks):
+            raise ValueError(f"{page} needs one {marks[0].strip()} and one {marks[1]}.")
+        before, rest = text.split(marks[0])
+        text = before + marks[0] + table(study, found) + "\n" + marks[1] + rest.split(marks[1])[1]
+    page.write_text(text, encoding="utf-8")
+
+
+def write(
+    out: Path, plot: Path | None = None, to_json: Path | None = None, page: Path | None = None
+) -> None:
+    """Prints all tables that have rows; draws, fills in and keeps the results where asked to."""
     found = collect(out)
+    if page:
+        fill(page, found)
     for study in STUDIES:
         if any(name in found for name in STUDIES[study]):
             print(f"### {TITLES[study]}\n\n{table(study, found)}\n")
