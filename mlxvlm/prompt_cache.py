@@ -171,10 +171,11 @@ class PromptCache:
             "places": [place for place in places if place[0] >= start],
             "kv": asdict(kv),
         }
-        key = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:32]
+        key = _name(head)
         state = pack(caches, start, len(tokens))
         mx.eval(list(state.arrays.values()))
         head |= {"layers": state.layers, "crc32": _sums(state.arrays)}
+        head["check"] = _check(head)
         self._home.mkdir(exist_ok=True)
         path = self._home / f"{key}.safetensors"
         partial = path.with_name(f"{key}.{os.getpid()}{PARTIAL}.safetensors")
@@ -282,9 +283,21 @@ def _head(path: Path) -> dict[str, Any] | None:
             if size > os.fstat(file.fileno()).st_size:
                 return None
             header = json.loads(file.read(size))
-        return json.loads(header["__metadata__"]["prefix"])
-    except (OSError, ValueError, KeyError, TypeError):
+        head = json.loads(header["__metadata__"]["prefix"])
+        sound = head.pop("check") == _check(head) and _name(head) == path.stem
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return head if sound else None
+
+
+def _name(head: dict[str, Any]) -> str:
+    """A segment's name, by what it holds."""
+    about = [head[name] for name in ("parent", "start", "end", "tokens", "places", "kv")]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check(head: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(head, sort_keys=True).encode())
 
 
 def _read(path: Path) -> State | None:

@@ -197,21 +197,24 @@ class Reading:
         self._known = self.start  # tokens that every layer has taken in, whatever happens
         self._settled = True
         self._answer: list[int] = []
-        if reuse is not None:
-            ends = [start + length for start, length in prompt.slots]
-            needed = [p for p, end in zip(pictures, ends, strict=True) if end > self.start]
-            pictures = [*pictures[: len(pictures) - len(needed)], *reuse.features(needed)]
-            if self._reuse is not None and not self._free:
-                self.pauses = sorted({*ends[-1:], len(prompt) - 1})
-        self.embeddings = vlm.embed_after(prompt.tokens, pictures, self.start)
-        mx.eval(self.embeddings)
+        self._paused: list[tuple[int, list[Any]]] = []
+        try:
+            if reuse is not None:
+                ends = [start + length for start, length in prompt.slots]
+                needed = [p for p, end in zip(pictures, ends, strict=True) if end > self.start]
+                pictures = [*pictures[: len(pictures) - len(needed)], *reuse.features(needed)]
+                if self._reuse is not None and not self._free:
+                    self.pauses = sorted({*ends[-1:], len(prompt) - 1})
+            self.embeddings = vlm.embed_after(prompt.tokens, pictures, self.start)
+            mx.eval(self.embeddings)
+        except BaseException:
+            self.close()  # what was handed over goes back
+            raise
 
     def pause(self, at: int) -> None:
-        """Keeps a copy of a state that cannot be cut back to, for other questions and retries."""
+        """Copies a state that cannot be cut back to, for other questions and retries."""
         self._known = at
-        if self._reuse is not None:
-            tokens = self.prompt.tokens[:at]
-            self._reuse.put(tokens, self.places, self.kv, copied(self.caches))
+        self._paused.append((at, copied(self.caches)))
 
     def follow(self, ids: Iterator[int]) -> Iterator[int]:
         """The ids as they come, noting what the decoder has surely taken in."""
@@ -231,17 +234,16 @@ class Reading:
         if self._reuse is None or not self._known:
             return
         tokens = np.concatenate([self.prompt.tokens, np.array(self._answer, np.int32)])
-        tokens = tokens[: self._known]
-        caches: list[Any] | None = self.caches
+        states: list[tuple[int, list[Any] | None]] = list(self._paused)
         if self._free:
-            caches = cut(self.caches, self._known, self._known)
-        elif not self._settled or not self._answer:
-            return  # the copies made at pauses remain
-        if self.kv.max_size is not None and len(tokens) >= self.kv.max_size:
-            return
-        if caches is not None:
-            ends = [start + length for start, length in self.prompt.slots]
-            self._reuse.put(tokens, self.places, self.kv, caches, ends)
+            states.append((self._known, cut(self.caches, self._known, self._known)))
+        elif self._settled and self._answer:
+            states.append((self._known, self.caches))
+        ends = [start + length for start, length in self.prompt.slots]
+        for length, caches in states:
+            overwritten = self.kv.max_size is not None and length >= self.kv.max_size
+            if caches is not None and not overwritten:
+                self._reuse.put(tokens[:length], self.places, self.kv, caches, ends)
 
 
 def content_of(picture: Picture | Features) -> str:

@@ -129,7 +129,7 @@ def test_bytes_are_bounded_and_what_was_used_longest_ago_goes(tmp_path):
     assert kept == [True, True, False]
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "empty", "gone", "header"])
+@pytest.mark.parametrize("how", ["flip", "cut", "empty", "gone", "header", "tokens"])
 def test_a_damaged_file_is_as_if_it_had_never_been(how, tmp_path):
     vlm = decoder("llama")
     fresh = vlm.generate(ask("What is it?"), [picture(1)], max_tokens=6)
@@ -142,7 +142,10 @@ def test_a_damaged_file_is_as_if_it_had_never_been(how, tmp_path):
         path.unlink()
     else:
         data[-40] ^= 16
-        ruined = {"flip": data, "cut": data[:-100], "empty": b"", "header": b"\xff" * 99}[how]
+        ruined = {"flip": data, "cut": data[:-100], "empty": b"", "header": b"\xff" * 99}
+        ruined["tokens"] = path.read_bytes().replace(b" 261, 261,", b" 261, 267,", 1)
+        assert ruined["tokens"] != path.read_bytes()
+        ruined = ruined[how]
         path.write_bytes(ruined)
     for memory in (reuse, run(vlm, tmp_path), run(vlm, tmp_path)):
         reply = vlm.generate(ask("What is it?"), [picture(1)], max_tokens=6, reuse=memory)

@@ -297,6 +297,23 @@ def test_ctrl_c_in_the_middle_of_a_token_leaves_the_next_answer_right(name, afte
     assert reply.reused_tokens > 16
 
 
+def test_ctrl_c_in_the_encoder_leaves_what_was_known(work, monkeypatch):
+    vlm = decoder("llama")
+    chat = Conversation(vlm, max_tokens=8)
+    chat.add(picture(1))
+    before = list(chat.ask("What?"))[-1].reply
+    chat.add(picture(2))
+
+    def interrupted(self, pixels):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SiglipVision, "__call__", interrupted)
+        list(chat.ask("And this?"))
+    reply = list(chat.ask("And this?"))[-1].reply
+    assert reply.reused_tokens >= before.prompt_tokens and work["views"] == 2
+
+
 def test_interleaved_streams_leave_each_other_alone():
     vlm = decoder("llama")
     reuse = Reuse(vlm)
