@@ -16,7 +16,7 @@ from tiny_vlm import VOCAB, picture, tiny_config, tiny_tokenizer, tiny_vlm
 import mlxvlm.language.generate as generate_module
 from mlxvlm.chat import Conversation
 from mlxvlm.errors import ConfigError
-from mlxvlm.language.kv import KVSettings, make_caches
+from mlxvlm.language.kv import KVSettings, copied, make_caches
 from mlxvlm.model import VLM
 from mlxvlm.reuse import Reuse
 from mlxvlm.vision.siglip import SiglipVision
@@ -234,6 +234,28 @@ def test_states_that_cannot_be_cut_back_are_kept_where_they_will_be_wanted(name,
     retokenised = vlm.tokenize(turns, [picture(1)]).tokens[first.prompt_tokens :]
     if retokenised[: len(first.tokens)].tolist() == first.tokens:  # else the text is another
         assert more.reused_tokens == first.prompt_tokens + len(first.tokens)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_copy_and_its_original_do_not_write_into_each_other(name):
+    """mlx-lm assigns into its arrays, and whoever holds the same object sees it."""
+    lm = decoder(name).language
+
+    def read(caches, *ids):
+        return [np.array(lm(mx.array([[i]]), cache=caches)[0, -1]) for i in ids]
+
+    def state():
+        caches = make_caches(lm, KVSettings())
+        read(caches, *range(70, 110))
+        return caches
+
+    original = state()
+    copy = copied(original)
+    other = read(copy, 1, 2, 3)
+    for found, wanted in zip(read(original, 4, 5, 6), read(state(), 4, 5, 6), strict=True):
+        assert np.array_equal(found, wanted)
+    for found, wanted in zip([*other, *read(copy, 7)], read(state(), 1, 2, 3, 7), strict=True):
+        assert np.array_equal(found, wanted)
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first():
