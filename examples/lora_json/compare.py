@@ -40,7 +40,7 @@ def score(rows: list[dict[str, Any]], said: list[str]) -> dict[str, dict[str, in
         as_json = one["form"].startswith("json")
         counts["asked"] += 1
         counts["parsed"] += as_json and forms.parse(text) is not None
-        counts["right"] += forms.same(text, wanted) if as_json else text == wanted
+        counts["right"] += forms.right(text, wanted) if as_json else text == wanted
     return found
 
 
