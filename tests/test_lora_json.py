@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.lora_json import compare, forms
+from examples.lora_json import compare, forms, rows
 from examples.lora_json.rows import json_rows, ordinary_rows
 from examples.shapes.world import make_scene, seeds
 
@@ -51,11 +51,11 @@ def test_a_reply_is_right_by_what_it_says():
     assert not forms.right('{"top left":"a big red star"}', wanted)
     for said in ("Top left: a big red star.", wanted[:-1], "[]", '"red"', "3", ""):
         assert forms.parse(said) is None and not forms.right(said, wanted)
-    rows = [
+    held = [
         {"form": form, "messages": [{"content": "?"}, {"content": wanted}]}
         for form in ("json question", "json question", "ordinary question")
     ]
-    found = compare.score(rows, [wanted, "{}", wanted])
+    found = compare.score(held, [wanted, "{}", wanted])
     assert found["json question"] == {"asked": 2, "parsed": 2, "right": 1}
     assert found["ordinary question"] == {"asked": 1, "parsed": 0, "right": 1}
 
@@ -71,8 +71,10 @@ def test_only_questions_that_ask_for_json_get_it():
             assert "JSON" not in user and forms.parse(said) is None
 
 
-def test_held_out_pictures_are_never_taught(tmp_path):
-    run("-m", "examples.lora_json.rows", "--out", tmp_path, "--scenes", 3, "--held-out", 2)
+def test_held_out_pictures_are_never_taught(tmp_path, monkeypatch):
+    flags = ["--out", str(tmp_path), "--scenes", "3", "--held-out", "2"]
+    monkeypatch.setattr(sys, "argv", ["rows", *flags])
+    rows.main()
     named = {}
     for name in ("json", "ordinary", "held-out"):
         lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -119,10 +121,10 @@ def test_the_steps_run(tmp_path):
 def test_the_habit_is_learnt(tmp_path):
     """As the README has it: nearly all replies parse, and ordinary answers stay what they were."""
     told = follow(tmp_path, {})
-    rows = {" ".join(line.split()[:2]): line.split()[2:] for line in told.splitlines()[-4:]}
+    table = {" ".join(line.split()[:2]): line.split()[2:] for line in told.splitlines()[-4:]}
     for form in ("json description", "json question"):
-        asked, parsed_before, parsed_after, right_before, right_after = map(int, rows[form])
+        asked, parsed_before, parsed_after, right_before, right_after = map(int, table[form])
         assert parsed_before == right_before == 0
         assert parsed_after >= 0.9 * asked and right_after >= 0.4 * asked
-    asked, before, after = map(int, rows["ordinary question"])
+    asked, before, after = map(int, table["ordinary question"])
     assert after >= before - 0.1 * asked

@@ -2,8 +2,8 @@
 
     python -m examples.lora_json.compare DIR --adapter-path DIR/lora [--model weights/demo]
 
-An answer as JSON is right if it parses and says what is in the picture, all of it; an ordinary
-answer, if it is the right one to the letter.
+An answer as JSON is right if it is an object that says just what was wanted; an ordinary answer, if
+it is the right one to the letter.
 """
 
 from __future__ import annotations
