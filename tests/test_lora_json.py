@@ -36,12 +36,14 @@ def test_descriptions_name_every_item_by_its_place():
         if scene.kind == "texture":
             assert list(found) == ["answer"]
         elif scene.bars:
-            assert found == {f"the {bar.color} bar": bar.height for bar in scene.bars}
-            assert list(found) == [f"the {bar.color} bar" for bar in scene.bars]
+            assert found == {f"The {bar.color} bar": bar.height for bar in scene.bars}
+            assert list(found) == [f"The {bar.color} bar" for bar in scene.bars]
         else:
             assert len(found) == len(scene.items)
             for item in scene.items:
-                assert all(word in found[item.place].split() for word in item.words[:2])
+                assert all(
+                    word in found[item.place.capitalize()].split() for word in item.words[:2]
+                )
     assert kinds == {"texture", "bars", "printed", "shapes"}
 
 

@@ -1,12 +1,13 @@
 """Answers as JSON: what is in a picture, and what the ordinary answer says.
 
-    {"top left":"a big red star","centre":"the word STOP"}      {"the red bar":7,"the blue bar":3}
+    {"Top left":"a big red star","Centre":"the word STOP"}      {"The red bar":7,"The blue bar":3}
     {"answer":"The circle is red."}
 
 Each item is named by its place, which no other item has. The words are those of ordinary answers,
-behind a space wherever that can be: the demo's vocabulary has "red" twice, with a space before it
-and without, and in its training only the first is ever said. A form of single words,
-{"shape":"star","color":"red"}, would have to be taught nearly a whole vocabulary.
+capitals and spaces before them too: "red" with a space before it and "red" without are two tokens
+of the demo's vocabulary, as are "Top" and "top", and in its training only " red" and "Top" are ever
+said. A form of single words, {"shape":"star","color":"red"}, would have to be taught nearly a whole
+vocabulary.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def dump(value: dict[str, Any]) -> str:
 def description(scene: Scene) -> str:
     """A picture's items by their places in reading order, or its bars from left to right."""
     if scene.bars:
-        return dump({f"the {bar.color} bar": bar.height for bar in scene.bars})
+        return dump({f"The {bar.color} bar": bar.height for bar in scene.bars})
     if not scene.items:
         return dump({"answer": OUTSIDE})
-    return dump({item.place: short(item) for item in scene.items})
+    return dump({item.place.capitalize(): short(item) for item in scene.items})
 
 
 def answer(qa: QA) -> str:
