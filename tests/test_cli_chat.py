@@ -209,6 +209,8 @@ def saying(monkeypatch, vlm, *answers):
     ids = [[*vlm.tokenizer.encode(text)[0], EOT] for text in answers]
     queue = iter(ids)
     monkeypatch.setattr("mlxvlm.reply.generate_tokens", lambda *a, **k: (i for i in next(queue)))
+    # No prompt is read for them, so there is none to keep.
+    monkeypatch.setattr("mlxvlm.reuse.Reading.close", lambda reading: None)
 
 
 def test_a_refusal_without_a_model_is_followed_by_the_command_for_one(
