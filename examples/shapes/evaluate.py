@@ -19,6 +19,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ import mlxvlm
 from examples.shapes.drawing import draw
 from examples.shapes.exam import BLIND_SCENES, blind_guesses, exam, take, wilson
 from examples.shapes.qa import QA
-from examples.shapes.questions import SCORED
-from examples.shapes.world import Scene
+from examples.shapes.questions import SCORED, ask_many
+from examples.shapes.world import Scene, make_scene, seeds
 from mlxvlm.boxes import parse
 
 Draw = Callable[[Scene], Image.Image]
@@ -163,6 +164,15 @@ def measure_boxes(vlm: Any, split: str, count: int, render: Draw = draw) -> dict
     }
 
 
+def measure_refusals(vlm: Any, split: str, count: int) -> dict[str, int]:
+    """How often questions about pictures with nothing drawn in them are refused as they should."""
+    textures = (s for s in map(make_scene, seeds(split)) if s.kind == "texture")
+    asked = [(scene, ask_many(scene, 1, "exam")[0]) for scene in islice(textures, count)]
+    seen = features(vlm, (scene for scene, _ in asked))
+    verdicts = right_answers(vlm, [(seen[scene.seed], qa) for scene, qa in asked])
+    return {"asked": len(verdicts), "refused": sum(verdicts)}
+
+
 def measure_generated(vlm: Any, split: str, each: int) -> dict[str, int]:
     """Generates answers for real and compares with what the one pass said of them."""
     asked = take(split, each, SCORED)
@@ -181,7 +191,7 @@ def measure_chats(vlm: Any, split: str, count: int, turns: int = 4) -> dict[str,
     """Chats of several turns, generated, the model's own answers standing in them: hits by turn."""
     right = [0] * turns
     chats = 0
-    for scene in {scene.seed: scene for scene, _ in take(split, 2 * count, ("at",))}.values():
+    for scene in {scene.seed: scene for scene, _ in take(split, 2 * count, ("describe",))}.values():
         qas = exam(scene, SCORED, "chats")
         if len(qas) < turns or chats == count:
             continue
@@ -226,6 +236,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=500, help="questions of each kind")
     parser.add_argument("--blind-scenes", type=int, default=BLIND_SCENES)
     parser.add_argument("--boxes", type=int, default=500, help="boxes to generate")
+    parser.add_argument("--refusals", type=int, default=200, help="pictures of nothing drawn")
     parser.add_argument("--generate", type=int, default=5, help="answers of each kind to generate")
     parser.add_argument("--chats", type=int, default=100, help="chats of four turns to generate")
     parser.add_argument("--out", type=Path, help="also write the result as JSON to this file")
@@ -235,6 +246,8 @@ def main() -> None:
     result = measure(vlm, args.split, args.each, args.blind_scenes)
     if args.boxes:
         result["boxes"] = measure_boxes(vlm, args.split, args.boxes)
+    if args.refusals:
+        result["refusals"] = measure_refusals(vlm, args.split, args.refusals)
     if args.generate:
         result["generated"] = measure_generated(vlm, args.split, args.generate)
     if args.chats:
@@ -249,6 +262,9 @@ def main() -> None:
         boxes = result["boxes"]
         print(f"\n{boxes['asked']} boxes: mean IoU {boxes['mean_iou']:.3f},", end=" ")
         print(f"{100 * boxes['at_least_half']:.1f}% with 0.5 and more.")
+    if args.refusals:
+        told = result["refusals"]
+        print(f"Pictures of nothing drawn: {told['refused']} of {told['asked']} refused.")
     if args.generate:
         made = result["generated"]
         print(f"\nGenerated for real: {made['right']} of {made['asked']} right,", end=" ")
