@@ -31,13 +31,15 @@ from examples.shapes import (  # noqa: E402
     run,
     world,
 )
+from examples.shapes.qa import in_one_word  # noqa: E402
 from examples.shapes.tokenizer import CONTROLS, build, tokenizer_config  # noqa: E402
 
 SCENES = [world.make_scene(seed) for seed in range(240)]
 DRAWN = [scene for scene in SCENES if scene.kind != "texture"]
 TOKENIZER = build()
 STEP = phrases.COORDINATES.step
-PATCHES = (world.SIZE // world.PATCH) ** 2
+ACROSS = world.SIZE // world.PATCH
+PATCHES = ACROSS**2
 
 
 def encode(text: str) -> list[str]:
@@ -762,7 +764,7 @@ def test_labels_of_patches_and_slots():
     for thing in scene.things:
         label = named(found[PATCHES + 3 * thing.row + thing.column])
         assert label[: encoder.SEEN] == [thing.shape, thing.size, thing.color, "", "", "", ""]
-        for edge, seen in zip(label[encoder.SEEN :], ink(scene)[thing], strict=True):
+        for edge, seen in zip(label[encoder.SEEN : -1], ink(scene)[thing], strict=True):
             assert abs(int(edge) - 1000 * seen / world.SIZE) <= STEP
     empty = [slot for slot in found[PATCHES:] if not slot.any()]
     assert len(empty) == encoder.QUERIES - 4
@@ -772,6 +774,10 @@ def test_labels_of_patches_and_slots():
         kind, size, color, height, tens, units, word = label[: encoder.SEEN]
         assert (kind, size, color, height) == (each.kind, "", each.color, "")
         assert (tens + units or word) == each.text and not (tens + units and word)
+        shown = drawing.patch_letters(printed)
+        for letter, (x0, y0, x1, y1) in drawing.letters(each):
+            patch = int((y0 + y1) / 2) // world.PATCH * ACROSS + int((x0 + x1) / 2) // world.PATCH
+            assert shown[patch] in each.text and letter in shown
     chart = first("bars")
     for i, bar in enumerate(chart.bars):
         label = named(encoder.labels(chart)[PATCHES + 9 + i])
@@ -779,6 +785,33 @@ def test_labels_of_patches_and_slots():
     texture = encoder.labels(first("texture"))
     assert {named(patch)[0] for patch in texture[:PATCHES]} == {"texture"}
     assert not texture[PATCHES:].any() and not texture[:, 1:].any()
+
+
+def test_a_page_is_full_of_print_and_asks_nothing_of_slots():
+    pages = [encoder.page(seed) for seed in range(20)]
+    assert min(len(page.prints) for page in pages) > 6
+    for page in pages:
+        found = encoder.labels(page)
+        assert (found[PATCHES:] == encoder.IGNORE).all() and (found[:PATCHES] >= 0).all()
+        assert (found[:PATCHES, -1] > 0).mean() > 0.4
+    made = [next(seeds) for seeds in [encoder.practice()] for _ in range(100)]
+    assert 20 < sum(len(scene.prints) > world.MAX_PRINTS for scene in made) < 60
+
+
+def test_one_word_is_the_looked_up_one():
+    told = Counter()
+    for scene in SCENES:
+        for asked in questions.ask_many(scene, 8):
+            short = in_one_word(asked)
+            if short is None:
+                assert asked.kind in ("at", "where", "where_cs", "next", "relation", "outside") or (
+                    asked.answer.endswith("not there.")
+                )
+                continue
+            told[short.kind] += 1
+            assert asked.answer.endswith(f" {short.answer}.") and short.question.endswith("one word.")
+            assert len(encode("\n\n" + short.answer)) == 2
+    assert len(told) > 10
 
 
 def test_wilson_interval():
