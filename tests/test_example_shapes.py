@@ -809,7 +809,8 @@ def test_one_word_is_the_looked_up_one():
                 )
                 continue
             told[short.kind] += 1
-            assert asked.answer.endswith(f" {short.answer}.") and short.question.endswith("one word.")
+            assert asked.answer.endswith(f" {short.answer}.")
+            assert short.question.endswith(phrases.IN_ONE_WORD)
             assert len(encode("\n\n" + short.answer)) == 2
     assert len(told) > 10
 
