@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +34,12 @@ from examples.shapes.qa import QA
 from examples.shapes.questions import SCORED, ask_many
 from examples.shapes.world import Scene, make_scene, seeds
 from mlxvlm.boxes import parse
+from mlxvlm.language.forward import head, hidden_states
+from mlxvlm.language.prefix import BranchCache, PrefixCache, prefix_caches
+from mlxvlm.prompts import Prompt, normalize_messages, render_many
 
-Draw = Callable[[Scene], Image.Image]
+# A scene to anything that the model opens as a picture.
+Draw = Callable[[Scene], Image.Image | Path]
 
 
 @dataclass
@@ -73,25 +77,98 @@ def messages(qas: Iterable[QA]) -> list[dict[str, str]]:
     return turns
 
 
-def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64) -> list[bool]:
+class Verdict(NamedTuple):
+    """Whether greedy decoding answers exactly right, and the token that it begins with."""
+
+    right: bool
+    first: int
+
+
+class _Branches(BranchCache):
+    """As its parent, for rows of which each says by number what it goes on from."""
+
+    def __init__(self, prefix: PrefixCache, which: mx.array):
+        super().__init__(prefix, 1)
+        self.which = which
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        shared = self.prefix.keys[self.which], self.prefix.values[self.which]
+        return mx.concatenate([shared[0], keys], axis=2), mx.concatenate(
+            [shared[1], values], axis=2
+        )
+
+
+def verdicts(
+    vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64, pictures: int = 32
+) -> list[Verdict]:
+    """What greedy decoding makes of each (features, question).
+
+    Questions about one picture share its computation: they all begin with it.
+    """
+    prompts = tokenized(vlm, asked)
+    # Beginnings of one length go together: what stands before the questions, pictures included.
+    begins: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, prompt in enumerate(prompts):
+        begins[sum(prompt.slots[-1])][id(asked[i][0])].append(i)
+    found: dict[int, Verdict] = {}
+    for begin, about in begins.items():
+        groups = list(about.values())
+        for start in range(0, len(groups), pictures):
+            some = groups[start : start + pictures]
+            firsts = [group[0] for group in some]
+            visual = vlm.project([asked[i][0] for i in firsts])
+            shared = np.stack([prompts[i].tokens[:begin] for i in firsts])
+            caches = prefix_caches(vlm.language)
+            mx.eval(hidden_states(vlm.language, vlm.splice(shared, visual), caches)[0])
+            rows = [(i, which) for which, group in enumerate(some) for i in group]
+            rows.sort(key=lambda row: len(prompts[row[0]]))
+            for at in range(0, len(rows), batch):
+                part = rows[at : at + batch]
+                which = np.array([which for _, which in part], np.int32)
+                if any((prompts[i].tokens[:begin] != shared[line]).any() for i, line in part):
+                    raise ValueError("questions about one picture must begin alike.")
+                branches = [_Branches(cache, mx.array(which)) for cache in caches]
+                said = _verdicts(vlm, [prompts[i] for i, _ in part], branches, begin)
+                found.update(zip((i for i, _ in part), said, strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def tokenized(vlm: Any, asked: Sequence[tuple[Any, QA]]) -> list[Prompt]:
+    """Tokens of each (features, question) with its right answer, all in one go."""
+    rows = []
+    for picture, qa in asked:
+        parts, _ = normalize_messages(messages([qa]), [picture])
+        rows.append((parts, [len(picture.views) * vlm.config.tokens_per_view]))
+    return render_many(rows, vlm.tokenizer, vlm.config.prompt, False)
+
+
+def _verdicts(
+    vlm: Any, prompts: Sequence[Prompt], branches: list[_Branches], begin: int
+) -> list[Verdict]:
+    """Verdicts of prompts whose first `begin` tokens the branches hold."""
+    length = max(len(prompt) for prompt in prompts) - begin
+    tokens = np.zeros((len(prompts), length), np.int32)
+    answer = np.zeros((len(prompts), length), bool)
+    for line, prompt in enumerate(prompts):
+        tokens[line, : len(prompt) - begin] = prompt.tokens[begin:]
+        answer[line, : len(prompt) - begin] = prompt.supervised[begin:]
+    hidden, _ = hidden_states(vlm.language, vlm.splice(tokens, None), branches)
+    # Each token is foretold by the one before it; a question stands before each answer.
+    places = np.flatnonzero(answer[:, 1:])
+    before = hidden[:, :-1].reshape(-1, hidden.shape[-1])[mx.array(places.astype(np.int32))]
+    logits = head(vlm.language, before).astype(mx.float32)
+    # The image token is never sampled.
+    keep = mx.arange(logits.shape[-1]) != vlm.config.prompt.image_token_id
+    guess = np.array(mx.where(keep, logits, -mx.inf).argmax(-1))
+    same = guess == tokens[:, 1:].reshape(-1)[places]
+    starts = np.searchsorted(places // (length - 1), np.arange(len(prompts)))
+    right = np.logical_and.reduceat(same, starts)
+    return [Verdict(bool(ok), int(guess[at])) for ok, at in zip(right, starts, strict=True)]
+
+
+def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]]) -> list[bool]:
     """Whether greedy decoding answers each (features, question) exactly right."""
-    prompts = [vlm.tokenize(messages([qa]), [picture]) for picture, qa in asked]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    verdict = [False] * len(prompts)
-    image_token = vlm.config.prompt.image_token_id
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        tokens = np.zeros((len(part), max(len(prompts[i].tokens) for i in part)), np.int32)
-        for line, i in enumerate(part):
-            tokens[line, : len(prompts[i].tokens)] = prompts[i].tokens
-        logits = vlm(tokens, [picture for i in part for picture in prompts[i].pictures])
-        # The image token is never sampled.
-        keep = mx.arange(logits.shape[-1]) != image_token
-        guess = np.array(mx.where(keep, logits.astype(mx.float32), -mx.inf).argmax(-1))
-        for line, i in enumerate(part):
-            where = np.flatnonzero(prompts[i].supervised)
-            verdict[i] = bool((guess[line, where - 1] == tokens[line, where]).all())
-    return verdict
+    return [verdict.right for verdict in verdicts(vlm, asked)]
 
 
 def overlap(said: str, wanted: str) -> float:
