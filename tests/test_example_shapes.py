@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from examples.shapes import (  # noqa: E402
 )
 from examples.shapes.qa import in_one_word  # noqa: E402
 from examples.shapes.tokenizer import CONTROLS, build, tokenizer_config  # noqa: E402
+from examples.shapes.wording import loosely  # noqa: E402
 
 SCENES = [world.make_scene(seed) for seed in range(240)]
 DRAWN = [scene for scene in SCENES if scene.kind != "texture"]
@@ -813,6 +815,24 @@ def test_one_word_is_the_looked_up_one():
             assert short.question.endswith(phrases.IN_ONE_WORD)
             assert len(encode("\n\n" + short.answer)) == 2
     assert len(told) > 10
+
+
+def test_loose_wording_keeps_the_question_and_its_keys():
+    rng = random.Random(0)
+    changed = 0
+    for scene in SCENES:
+        for asked in questions.ask_many(scene, 8):
+            loose = loosely(asked, rng)
+            changed += loose.question != asked.question
+            assert (loose.answer, loose.ask) == (asked.answer, asked.ask)
+            for mark, before in zip(loose.marks, asked.marks, strict=True):
+                if mark.turn == 0:
+                    key = asked.question[: before.end].split()[-1].lower()
+                    assert loose.question[: mark.end].lower().endswith(key)
+                    assert mark.end in [end for _, end in TOKENIZER.encode(loose.question).offsets]
+                else:
+                    assert mark == before
+    assert changed > 1000
 
 
 def test_wilson_interval():

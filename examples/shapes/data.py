@@ -26,6 +26,7 @@ from examples.shapes.drawing import draw, patch_items
 from examples.shapes.phrases import ABSENT
 from examples.shapes.qa import QA, in_one_word
 from examples.shapes.questions import ask_many, ask_one
+from examples.shapes.wording import loosely
 from examples.shapes.world import (
     CELL,
     PATCH,
@@ -40,6 +41,7 @@ SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
 BOXES = 3
 SHORT = 0.08  # of the single questions want one word
+LOOSE = 0.4  # of the questions in chats come as people put them
 EMPTY_PATCHES = 4
 
 
@@ -121,6 +123,7 @@ def chat_rows(scene: Scene, image: str) -> list[dict]:
         qa = ask_one(kind, scene, "chat")
         if qa is not None and qas and rng.random() < share:
             qas[rng.randrange(len(qas))] = qa
+    qas = [loosely(qa, rng) if rng.random() < LOOSE else qa for qa in qas]
     chats = [chat for chat in (qas[:4], qas[4:]) if chat]
     return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(chats)]
 
