@@ -26,7 +26,7 @@ SCENE = ROOT / "examples" / "shapes" / "pictures" / "scene.png"
 
 @pytest.fixture(scope="module")
 def demo() -> mlxvlm.VLM:
-    return mlxvlm.load(DEMO)
+    return mlxvlm.load(DEMO, dtype="float32")
 
 
 def test_it_is_small_and_stock(demo):
