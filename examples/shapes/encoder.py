@@ -79,7 +79,7 @@ SEEN = 7  # groups that must be right for an item to count as seen; edges are re
 CLASSES = sum(len(group) for group in GROUPS)
 QUERIES = 9 + 5  # the picture's ninths, and the places of bars from left to right
 NONE_WEIGHT = 0.2
-PAGES = 0.4  # of the pictures: reading takes longest to learn
+PAGES = 0.3  # of the pictures: reading takes longest to learn
 IGNORE = -1  # the class of what is not asked
 
 
@@ -275,9 +275,9 @@ def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-trains the small SigLIP tower.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--eval", type=int, default=256, help="held-out scenes at the end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
