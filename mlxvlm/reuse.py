@@ -247,7 +247,7 @@ class Reading:
 
 
 def content_of(picture: Picture | Features) -> str:
-    """What a picture's embeddings depend on: its content and how it was tiled, or its features."""
+    """What a picture's embeddings depend on: its content or its features, and how it is cut."""
     digest = picture.sha256
     if digest is None or isinstance(picture, Features):
         hashed = hashlib.sha256()
@@ -256,7 +256,7 @@ def content_of(picture: Picture | Features) -> str:
         digest = hashed.hexdigest()
     shapes = tuple((tuple(v.shape), str(v.dtype)) for v in picture.views)
     kind = "picture" if isinstance(picture, Picture) else f"features {picture.projected}"
-    return f"{kind} {digest} {tuple(picture.grid)} {shapes}"
+    return f"{kind} {digest} {tuple(picture.cut)} {shapes}"
 
 
 def _bits(view: Any) -> Any:

@@ -76,7 +76,7 @@ def step(
     """Loss and gradients of one step over all samples."""
     pictures = {str(n): vlm.look([picture(n)])[0] for n in range(3)}
     kind = "pack" if pack_length else "buckets"
-    batching = Batching(batch_size, kind, 8, pack_length, tokens_per_view=VISUAL)
+    batching = Batching(batch_size, kind, 8, pack_length)
     feed = Feed(samples, Names(), batching, share_prefix, loss=loss)
     batches = [batch for batch, _ in feed.once()]
     assert all((batch.segments is not None) == bool(pack_length) for batch in batches)

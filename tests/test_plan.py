@@ -308,7 +308,7 @@ def test_fewer_visual_tokens_leave_the_text(place):
     study = Study(config_of(place, "pretrain"))
     sample = study.samples[0]
     image = study.vlm.config.prompt.image_token_id
-    shorter = with_fewer_visual(sample, 16, 4)
+    shorter = with_fewer_visual(sample, lambda cut: 4 * cut.views)
     assert shorter.length == sample.length - 12 and shorter.prefix == sample.prefix - 12
     assert (shorter.tokens == image).sum() == 4
     np.testing.assert_array_equal(
