@@ -10,7 +10,7 @@ Tokens hold the image token once per visual token. Its id never reaches the embe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -209,9 +209,9 @@ class VLM(nn.Module):
                 f"places for {int(needed[-1])}."
             )
         runs = [run for cut in cuts for run in unbroken(self.config, cut)]
-        ends = np.cumsum(runs, dtype=np.int64)
+        edges = np.cumsum([0, *runs])
         where = np.flatnonzero(places)
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        for start, end in pairwise(edges.tolist()):
             if where[end - 1] - where[start] != end - start - 1:
                 raise PromptError(
                     f"other tokens stand among {end - start} image tokens of one picture, which "
