@@ -332,6 +332,12 @@ class ModelConfig:
                 "prompt.merge 'spatial_unpad' lays out tiling.type 'anyres', not "
                 f"{self.tiling.type!r}."
             )
+        if self.projector.type == "resampler":
+            raise ConfigError(
+                "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad'), and "
+                "projector.type 'resampler' gives queries, which are none: choose 'c_abstractor' "
+                "for few tokens, or 'dynamic' tiles, which go with any projector."
+            )
         if math.isqrt(self.tokens_per_view) ** 2 != self.tokens_per_view:
             raise ConfigError(
                 "prompt.merge 'spatial_unpad' needs the whole square grid of patches, not "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_vlm import tiny_config
 
-from mlxvlm.config import TILINGS, ModelConfig, PromptConfig, TilingConfig, VisionConfig
+from mlxvlm.config import (
+    TILINGS,
+    ModelConfig,
+    ProjectorConfig,
+    PromptConfig,
+    TilingConfig,
+    VisionConfig,
+)
 from mlxvlm.errors import ConfigError, PromptError
 from mlxvlm.images.anyres import choose_grid, resized
 from mlxvlm.images.picture import Cut
@@ -193,6 +201,9 @@ def test_what_makes_no_such_tiling_or_merge():
             config.vision,
             prompt=PromptConfig(merge="spatial_unpad"),
         )
+    queries = ProjectorConfig("resampler", num_query_tokens=16)  # a square number, and no map
+    with pytest.raises(ConfigError, match="one map .* 'resampler' gives queries, which are none"):
+        dataclasses.replace(llava_next(), projector=queries)
     for cut in (Cut(3, (1, 2)), Cut(4, (1, 2), (9, 9))):
         with pytest.raises(PromptError, match="needs to know a picture's size and grid"):
             visual_tokens(llava_next(), cut)
