@@ -29,7 +29,7 @@ from mlxvlm.machine.batches import heaviest, num_positions, with_fewer_visual
 from mlxvlm.machine.chips import CHIPS, Machine, find_chip, machine, parse_memory
 from mlxvlm.machine.memory import peak
 from mlxvlm.machine.plan import make_plan
-from mlxvlm.machine.study import Study
+from mlxvlm.machine.study import Study, Variant
 from mlxvlm.machine.tonight import LANGUAGES, _scaled, _step
 from mlxvlm.machine.trace import trace
 from mlxvlm.train.loop import Trainer
@@ -295,6 +295,22 @@ def test_what_would_make_it_fit(place, monkeypatch):
     assert size * micro == 8 and len(words) == 4
     changed = config_of(place, "sft", batch_size=size, grad_accumulation_steps=micro)
     assert Study(changed).step().peak.bytes == smaller.peak
+
+
+def test_layers_that_four_bits_cannot_group_stay_as_they_are(place, tmp_path):
+    """As `mlx_lm.convert -q` has it: 96 inputs are no whole groups of 64."""
+    config = tiny_config()
+    assert config.language["intermediate_size"] == 96
+    save(tiny_vlm(config), tmp_path / "odd")
+    study = Study(config_of(place, "pretrain", model=str(tmp_path / "odd")))
+    less = Variant(study.config, bits=4)
+    assert study.step(less).weights["language"] < 0.5 * study.step().weights["language"]
+    layer = study._model(less).language.layers[0]
+    assert isinstance(layer.self_attn.q_proj, nn.QuantizedLinear)
+    assert type(layer.mlp.down_proj) is nn.Linear
+    words = ["pretrain", "-m", tmp_path / "odd", "--data", place / "data", "--memory", "100MB"]
+    done = CliRunner().invoke(app, ["plan", *map(str, words)])
+    assert done.exit_code == 0, done.output
 
 
 def test_nothing_makes_it_fit(place):

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from ..data.feed import Feed
 from ..data.samples import Sample
 from ..data.split import split
+from ..language.quantise import quantise
 from ..merge import visual_tokens
 from ..model import VLM
 from ..projectors.pool import Pool
@@ -103,7 +104,7 @@ class Study:
                 vlm.config.projector.pool = variant.pool
                 vlm.projector.pool = Pool(variant.pool, vlm.config.vision.grid)
             if variant.bits:
-                nn.quantize(vlm.language, group_size=64, bits=variant.bits)
+                quantise(vlm.language, variant.bits)
             prepare_parts(vlm, variant.config)
             if variant.cached:
                 del vlm.vision
