@@ -25,10 +25,14 @@ from mlxvlm.data.feed import Feed, Pictures
 from mlxvlm.data.packing import collate_lines
 from mlxvlm.data.samples import prepare
 from mlxvlm.data.sources import read_rows
+from mlxvlm.images.picture import Features, Picture
+from mlxvlm.machine.study import Study, Variant
 from mlxvlm.merge import visual_tokens
+from mlxvlm.reuse import Reuse
 from mlxvlm.train.loop import Trainer
 from mlxvlm.train.losses import batch_loss, count, gradients
 from mlxvlm.train.stages import stage_config
+from mlxvlm.vision.siglip import SiglipVision
 from mlxvlm.weights.save import save
 
 SIZES = ((200, 30), (30, 30), (90, 60), (40, 250))
@@ -218,6 +222,57 @@ def test_a_cache_knows_the_tiles_of_each_picture(place, tmp_path):
             np.testing.assert_allclose(kept, seen, atol=1e-4)
 
 
+def test_a_plan_tries_fewer_tokens_a_tile(place):
+    """Rows are as long as with `--pool mean2`: the map of 2 x 2 tokens a tile loses its padding."""
+    flags = {"model": str(place / "model"), "data": str(place / "rows.jsonl")}
+    flags |= {"images": str(place / "images"), "out": "nowhere"}
+    study = Study(stage_config("pretrain", flags | {"max_seq_length": 1024}))
+    before, after = (study._feed(Variant(study.config, pool=p)).groups for p in ("", "mean2"))
+    vlm = mlxvlm.load(place / "model")
+    vlm.config.projector.pool = "mean2"
+    for was, now in zip(before, after, strict=True):
+        (row,), (sample,) = was.rows, now.rows
+        wanted = sum(visual_tokens(vlm.config, cut) for cut in row.cuts)
+        assert sample.num_visual == wanted and sample.cuts == row.cuts
+        assert sample.length - wanted == row.length - row.num_visual
+    assert len({group.rows[0].num_visual for group in after}) > 3
+    fewer = study.step(Variant(study.config, pool="mean2"))
+    assert fewer.flops < study.step().flops
+
+
+@pytest.mark.parametrize("at", ["encoder", "projector"])
+def test_a_chat_takes_tiles_from_a_cache(place, tmp_path, monkeypatch, at):
+    """Pictures that are in the cache and one that is not, in one prompt; then its keys, on disk."""
+    Image.effect_noise((50, 70), 90).save(tmp_path / "new.png")
+    views: list[int] = []
+    call = SiglipVision.__call__
+    monkeypatch.setattr(SiglipVision, "__call__", lambda s, x: views.append(len(x)) or call(s, x))
+
+    shown = [place / "images" / "0.png", tmp_path / "new.png", place / "images" / "3.png"]
+
+    def chat(*more: object) -> dict[str, Any]:
+        words = ["chat", *shown, "-m", place / "model", "-p", "Why?", "--max-tokens", 9, "--json"]
+        done = CliRunner().invoke(app, [str(word) for word in [*words, *more]])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    cache = cached(place, tmp_path / "cache", "--at", at)
+    views.clear()
+    fresh = chat()
+    assert sum(views) == 4 + 5 + 4
+    views.clear()
+    for known in (0, 100):
+        reply = chat("--cache", cache, "--prompt-cache", tmp_path / "prompts")
+        assert (reply["text"], reply["prompt_tokens"]) == (fresh["text"], fresh["prompt_tokens"])
+        assert reply["reused_tokens"] >= known and sum(views) == 5
+    vlm = mlxvlm.load(place / "model")
+    with EmbeddingCache.open(cache) as opened:
+        found = Reuse(vlm, cache=opened).look(shown)
+        assert [type(one) for one in found] == [Features, Picture, Features]
+        seen, kept = (np.array(vlm.project(pictures)) for pictures in (vlm.look(shown), found))
+        np.testing.assert_allclose(kept, seen, atol=1e-5)
+
+
 def test_flags_that_do_not_go_together(place, tmp_path):
     words = [*build_words(place), "--out", tmp_path / "x"]
     for flags, told in {
@@ -226,8 +281,10 @@ def test_flags_that_do_not_go_together(place, tmp_path):
         ("--tiling", "anyres-hd", "--thumbnail"): "belong to --tiling dynamic",
         ("--tiling", "anyres", "--grids", "2"): "must be columns and rows",
         ("--tiling", "anyres", "--resize", "pad"): "must be 'squash' for anyres",
+        ("--tiling", "anyres", "--projector", "resampler"): "or 'dynamic' tiles, which go with any",
     }.items():
-        said = command(*words, *flags, code=1 if "--resize" in flags else 2)
+        configured = "--resize" in flags or "--projector" in flags
+        said = command(*words, *flags, code=1 if configured else 2)
         assert told in " ".join(said.split()), said
 
 
