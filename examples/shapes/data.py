@@ -3,7 +3,7 @@
     DIR/images/000/000123.png   the pictures
     DIR/pretrain.jsonl          8 questions a picture, each its own row, one after the other; for
                                 each fifth picture a description and boxes instead
-    DIR/sft.jsonl               half as many pictures: chats of 4 turns, questions, descriptions
+    DIR/sft.jsonl               chats of 4 turns, questions, descriptions
     DIR/val.jsonl               single questions about pictures of the "progress" split
 
 A row's `targets` hold `ground` (what a key word refers to: for the hidden state over it), `follow`
@@ -147,10 +147,9 @@ def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
                 (images / name).parent.mkdir(parents=True, exist_ok=True)
             draw(scene).save(images / name, compress_level=1)
             _dump((describe_rows if i % 5 == 4 else pretrain_rows)(scene, name), pretrain)
-            # Half of the second stage's pictures are chatted about; the others keep up the rest.
+            # Two of five pictures of the second stage are chatted about; others keep up the rest.
             make = (chat_rows, pretrain_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
-            if i % 2 == 0:
-                _dump(make(scene, name), sft)
+            _dump(make(scene, name), sft)
     with (out / "val.jsonl").open("w") as file:
         (images / "val").mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(scenes("progress", val)):
