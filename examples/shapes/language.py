@@ -55,14 +55,14 @@ def weights(raw: dict) -> dict[str, mx.array]:
     return found
 
 
-def save(out: Path, seed: int = 0) -> int:
-    """Writes the folder; the number of tokens in the vocabulary."""
+def save(out: Path, seed: int = 0, **changes: int) -> int:
+    """Writes the folder; the number of tokens in the vocabulary. `changes` are to its config."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     vocab = tokenizer.get_vocab()
     bos, end, *_, eot, _ = (vocab[name] for name in CONTROLS)
-    raw = config(tokenizer.get_vocab_size(), bos, [end, eot])
+    raw = config(tokenizer.get_vocab_size(), bos, [end, eot]) | changes
     for name, value in (("config.json", raw), ("tokenizer_config.json", tokenizer_config())):
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     mx.random.seed(seed)
