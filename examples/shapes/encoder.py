@@ -249,7 +249,7 @@ def fit(
     for step in range(1, steps + 1):
         value = update(*next(batches))
         mx.eval(state, value)
-        yield step, value.item()
+        yield step, float(value.item())  # type: ignore[arg-type]
 
 
 def fresh_scenes(count: int, start: int = 500_000_000, pages: float = 0.0) -> Iterator[list[Scene]]:
