@@ -8,8 +8,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 from examples.lora_json import compare, forms, rows
 from examples.lora_json.rows import json_rows, ordinary_rows
 from examples.shapes.world import make_scene, seeds
@@ -117,16 +115,3 @@ def test_the_steps_run(tmp_path):
     assert len(lines) == 2 and json.loads(lines[0])["loss"] > 0
     table = told.splitlines()
     assert "json description" in told and table[-1].split()[:2] == ["ordinary", "question"]
-
-
-@pytest.mark.slow
-def test_the_habit_is_learnt(tmp_path):
-    """As the README has it: nearly all replies parse, and ordinary answers stay what they were."""
-    told = follow(tmp_path, {})
-    table = {" ".join(line.split()[:2]): line.split()[2:] for line in told.splitlines()[-4:]}
-    for form in ("json description", "json question"):
-        asked, parsed_before, parsed_after, right_before, right_after = map(int, table[form])
-        assert parsed_before == right_before == 0
-        assert parsed_after >= 0.9 * asked and right_after >= 0.4 * asked
-    asked, before, after = map(int, table["ordinary question"])
-    assert after >= before - 0.1 * asked
