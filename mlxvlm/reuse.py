@@ -198,13 +198,14 @@ class Reading:
         self._settled = True
         self._answer: list[int] = []
         self._paused: list[tuple[int, list[Any]]] = []
+        self._ends = [start + length for start, length in prompt.slots]
         try:
             if reuse is not None:
-                ends = [start + length for start, length in prompt.slots]
-                needed = [p for p, end in zip(pictures, ends, strict=True) if end > self.start]
+                each = zip(pictures, self._ends, strict=True)
+                needed = [picture for picture, end in each if end > self.start]
                 pictures = [*pictures[: len(pictures) - len(needed)], *reuse.features(needed)]
                 if self._reuse is not None and not self._free:
-                    self.pauses = sorted({*ends[-1:], len(prompt) - 1})
+                    self.pauses = sorted({*self._ends[-1:], len(prompt) - 1})
             self.embeddings = vlm.embed_after(prompt.tokens, pictures, self.start)
             mx.eval(self.embeddings)
         except BaseException:
@@ -239,11 +240,10 @@ class Reading:
             states.append((self._known, cut(self.caches, self._known, self._known)))
         elif self._settled and self._answer:
             states.append((self._known, self.caches))
-        ends = [start + length for start, length in self.prompt.slots]
         for length, caches in states:
             overwritten = self.kv.max_size is not None and length >= self.kv.max_size
             if caches is not None and not overwritten:
-                self._reuse.put(tokens[:length], self.places, self.kv, caches, ends)
+                self._reuse.put(tokens[:length], self.places, self.kv, caches, self._ends)
 
 
 def content_of(picture: Picture | Features) -> str:

@@ -29,7 +29,7 @@ from examples.shapes import (  # noqa: E402
     world,
 )
 from examples.shapes.drawing import box, draw  # noqa: E402
-from examples.shapes.qa import QA  # noqa: E402
+from examples.shapes.qa import QA, turns  # noqa: E402
 from mlxvlm.images.open import open_picture  # noqa: E402
 from mlxvlm.prompts import Prompt  # noqa: E402
 
@@ -237,7 +237,7 @@ def test_verdicts_are_what_greedy_decoding_says(monkeypatch):
 def greedy(vlm: Any, picture: Any, qa: QA, wrong: bool) -> Prompt:
     """The question with the three tokens that full passes, one after the other, find likeliest;
     wrong: with another third one."""
-    prompt = vlm.tokenize(evaluate.messages([qa]), [picture])
+    prompt = vlm.tokenize(turns([qa]), [picture])
     tokens = prompt.tokens[: np.flatnonzero(prompt.supervised)[0]].tolist()
     for _ in range(3):
         logits = np.array(vlm([tokens], [picture]))[0, -1]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def commands(folder: Path) -> list[list[str]]:
     """The README's indented commands up to the comparison, in `folder` instead of runs/."""
     text = (EXAMPLE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^    ((?:python|mlxvlm|cp) .*)$", text, re.MULTILINE)
-    return [line.replace("runs/lora-json", str(folder)).split() for line in lines]
+    return [shlex.split(line.replace("runs/lora-json", str(folder))) for line in lines]
 
 
 def follow(folder: Path, less: dict[str, list[str]]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ArraysCache
-from tiny_vlm import IMAGE, VOCAB, picture, tiny_config, tiny_tokenizer, tiny_vlm
+from tiny_vlm import IMAGE, LFM2, VOCAB, picture, tiny_config, tiny_tokenizer, tiny_vlm
 
 import mlxvlm.language.generate as generate_module
 from mlxvlm.chat import Conversation
@@ -47,19 +47,7 @@ DECODERS = {
     "lfm2": {
         "model_type": "lfm2",
         **SMALL,
-        "block_auto_adjust_ff_dim": False,
-        "block_dim": 64,
-        "block_ff_dim": 96,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_multiple_of": 8,
-        "conv_L_cache": 3,
-        "conv_bias": False,
-        "layer_types": ["conv", "full_attention"],
-        "max_position_embeddings": 512,
-        "norm_eps": 1e-5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_theta": 1e4,
+        **LFM2,
     },
 }
 # Of the largest logit: the same sums, cut into other pieces, in float32.

@@ -18,13 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.shapes.drawing import draw, patch_items
 from examples.shapes.phrases import ABSENT
-from examples.shapes.qa import QA, in_one_word
+from examples.shapes.qa import QA, in_one_word, turns
 from examples.shapes.questions import ask_many, ask_one
 from examples.shapes.wording import loosely
 from examples.shapes.world import (
@@ -82,19 +82,16 @@ def align(scene: Scene) -> list[dict[str, Any]]:
     return found
 
 
-def row(image: str, qas: Iterable[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
+def row(image: str, qas: Sequence[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
     """One row: a chat of as many turns as there are questions."""
-    messages: list[dict[str, str]] = []
     targets: dict[str, Any] = {"ground": [], "follow": []}
-    for qa in qas:
+    for i, qa in enumerate(qas):
         for mark in qa.marks:
-            turn = len(messages) + mark.turn
+            turn = 2 * i + mark.turn
             targets[mark.target].append({"turn": turn, "end": mark.end, "words": mark.words})
-        messages.append({"role": "user", "content": qa.question})
-        messages.append({"role": "assistant", "content": qa.answer})
     if aligned is not None:
         targets["align"] = aligned
-    return {"image": image, "messages": messages, "targets": targets}
+    return {"image": image, "messages": turns(qas), "targets": targets}
 
 
 def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict]:

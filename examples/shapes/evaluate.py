@@ -30,12 +30,13 @@ from PIL import Image
 import mlxvlm
 from examples.shapes.drawing import draw
 from examples.shapes.exam import BLIND_SCENES, blind_guesses, exam, take, wilson
-from examples.shapes.qa import QA
+from examples.shapes.qa import QA, turns
 from examples.shapes.questions import SCORED, ask_many
 from examples.shapes.world import Scene, make_scene, seeds
 from mlxvlm.boxes import parse
 from mlxvlm.language.forward import head, hidden_states
 from mlxvlm.language.prefix import BranchCache, PrefixCache, prefix_caches
+from mlxvlm.merge import visual_tokens
 from mlxvlm.prompts import Prompt, normalize_messages, render_many
 
 # A scene to anything that the model opens as a picture.
@@ -67,14 +68,6 @@ def features(
         mx.eval([view for one in seen for view in one.views])
         found |= {scene.seed: one for scene, one in zip(part, seen, strict=True)}
     return found
-
-
-def messages(qas: Iterable[QA]) -> list[dict[str, str]]:
-    turns = []
-    for qa in qas:
-        turns.append({"role": "user", "content": qa.question})
-        turns.append({"role": "assistant", "content": qa.answer})
-    return turns
 
 
 class Verdict(NamedTuple):
@@ -137,8 +130,8 @@ def tokenized(vlm: Any, asked: Sequence[tuple[Any, QA]]) -> list[Prompt]:
     """Tokens of each (features, question) with its right answer, all in one go."""
     rows = []
     for picture, qa in asked:
-        parts, _ = normalize_messages(messages([qa]), [picture])
-        rows.append((parts, [len(picture.views) * vlm.config.tokens_per_view]))
+        parts, _ = normalize_messages(turns([qa]), [picture])
+        rows.append((parts, [visual_tokens(vlm.config, picture.cut)]))
     return render_many(rows, vlm.tokenizer, vlm.config.prompt, False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from examples.shapes.phrases import ABSENT, ASKS, IN_ONE_WORD, NOT_THERE, PLURALS, plural
@@ -121,6 +121,24 @@ def absent(rng: random.Random, all_of: Sequence[str], present: set[str]) -> str 
     """One of `all_of` that is not present."""
     left = [word for word in all_of if word not in present]
     return rng.choice(left) if left else None
+
+
+def some(
+    rng: random.Random, all_of: Sequence[str], present: Collection[str], missing: float
+) -> str | None:
+    """One that is present; in the share `missing`, and where none is, one that is not."""
+    if not present or rng.random() < missing:
+        return absent(rng, all_of, set(present))
+    return rng.choice(sorted(present))
+
+
+def turns(qas: Sequence[QA]) -> list[dict[str, str]]:
+    """The messages of a chat that asks and answers all of them."""
+    found = []
+    for qa in qas:
+        found.append({"role": "user", "content": qa.question})
+        found.append({"role": "assistant", "content": qa.answer})
+    return found
 
 
 def in_one_word(qa: QA) -> QA | None:

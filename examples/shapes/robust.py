@@ -35,10 +35,10 @@ import mlx.core as mx
 import mlxvlm
 from examples.shapes import conditions, paraphrases, photographs
 from examples.shapes.drawing import draw
-from examples.shapes.evaluate import Draw, Verdict, features, messages, right_answers, verdicts
+from examples.shapes.evaluate import Draw, Verdict, features, right_answers, verdicts
 from examples.shapes.exam import take, wilson
 from examples.shapes.phrases import OUTSIDE
-from examples.shapes.qa import QA
+from examples.shapes.qa import QA, turns
 from examples.shapes.questions import SCORED
 from examples.shapes.world import COLORS, Scene
 
@@ -161,7 +161,7 @@ def refusals(vlm: Any, asked: Sequence[tuple[Any, QA]], found: Sequence[Verdict]
     if not asked:
         return []
     picture, qa = asked[0]
-    refusal = vlm.tokenize(messages([replace(qa, answer=OUTSIDE)]), [picture])
+    refusal = vlm.tokenize(turns([replace(qa, answer=OUTSIDE)]), [picture])
     begins = int(refusal.tokens[refusal.supervised][0])
     likely = [i for i, verdict in enumerate(found) if verdict.first == begins]
     again = [(asked[i][0], replace(asked[i][1], answer=OUTSIDE)) for i in likely]
@@ -176,21 +176,18 @@ def measure_conditions(
     sets = question_sets(split, each)
     # The first row of a set is the one as drawn, which the others are compared with.
     asked: dict[str, Asked] = {}
-    drawn: dict[str, dict[int, Any]] = {}
+    drawn: dict[int, Any] = {}
     base: dict[str, float] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for condition in rows_of(Path(folder), fonts):
             name = condition.questions
-            first = name not in asked
-            if first:
+            if name not in asked:
                 asked[name] = sets[name]()
             scenes = [scene for scene, _ in asked[name]]
             if condition.render is draw:
-                known = drawn.get("all", {})
-                missing = [scene for scene in scenes if scene.seed not in known]
-                drawn["all"] = known | features(vlm, missing)
-                seen = drawn["all"]
+                drawn |= features(vlm, (scene for scene in scenes if scene.seed not in drawn))
+                seen = drawn
             else:
                 seen = features(vlm, scenes, render=condition.render)
             posed = [(seen[scene.seed], _posed(scene, qa, condition)) for scene, qa in asked[name]]
