@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import typer
@@ -65,22 +66,35 @@ def build(
         typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
     ] = None,
     tiling: Annotated[
-        Literal["single", "dynamic"] | None,
+        Literal["single", "dynamic", "anyres", "anyres-hd"] | None,
         typer.Option(
-            help="dynamic: InternVL's tiles and a thumbnail. Default: the encoder's own, one view."
+            help="dynamic: InternVL's tiles. anyres: LLaVA-NeXT's, anyres-hd: LLaVA-1.5-HD's. "
+            "Default: the encoder's own, one view."
         ),
     ] = None,
     max_tiles: Annotated[
         int | None,
-        typer.Option(min=1, help="Most dynamic tiles; the pictures of a row share them. [12]"),
+        typer.Option(
+            min=1,
+            help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd.",
+        ),
     ] = None,
     min_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Fewest dynamic tiles of a picture alone. [1]")
+        int | None, typer.Option(min=1, help="Fewest tiles of a picture alone. [1]")
     ] = None,
     thumbnail: Annotated[
         bool | None,
-        typer.Option("--thumbnail/--no-thumbnail", help="The whole picture, after its tiles. [on]"),
+        typer.Option(
+            "--thumbnail/--no-thumbnail", help="The whole picture, after its dynamic tiles. [on]"
+        ),
     ] = None,
+    grids: Annotated[
+        str,
+        typer.Option(
+            metavar="CxR,...",
+            help="What anyres chooses from. [2x1,1x2,2x2,1x3,3x1: NeXT's]",
+        ),
+    ] = "",
     feature_layer: Annotated[
         int | None,
         typer.Option(help="Which hidden state to take: -1 the last block's, -2 the one before."),
@@ -90,7 +104,7 @@ def build(
         typer.Option("--feature-norm/--no-feature-norm", help="The tower's final norm after it."),
     ] = None,
     layout: Annotated[
-        Literal["llama-3", "vicuna_v1", "internvl2_5", "plain", "chat_template"] | None,
+        Literal["llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", "chat_template"] | None,
         typer.Option(help="The prompt's layout. Default: by the tokenizer."),
     ] = None,
     fresh_language: Annotated[
@@ -118,15 +132,19 @@ def build(
     seed: Annotated[int, typer.Option(min=0, help="What fresh weights are drawn from.")] = 0,
 ) -> None:
     """Join an encoder and a language model with a fresh projector, to be trained."""
-    from mlxvlm.config import ProjectorConfig
+    from mlxvlm.config import TILINGS, ProjectorConfig
     from mlxvlm.weights.join import check_out, join
     from mlxvlm.weights.save import save
 
     check_out(out, vision, language)
-    limits = {"max_tiles": max_tiles, "min_tiles": min_tiles, "use_thumbnail": thumbnail}
-    fields: dict[str, Any] = {name: given for name, given in limits.items() if given is not None}
-    if fields and tiling != "dynamic":
-        raise UsageError("--max-tiles, --min-tiles and --thumbnail belong to --tiling dynamic.")
+    limits = {"max_tiles": max_tiles, "min_tiles": min_tiles}
+    limits = {name: given for name, given in limits.items() if given is not None}
+    if limits and tiling not in ("dynamic", "anyres-hd"):
+        raise UsageError("--max-tiles and --min-tiles belong to --tiling dynamic or anyres-hd.")
+    if thumbnail is not None and tiling != "dynamic":
+        raise UsageError("--thumbnail and --no-thumbnail belong to --tiling dynamic.")
+    if grids and tiling != "anyres":
+        raise UsageError("--grids belongs to --tiling anyres.")
     given = {
         "num_query_tokens": num_query_tokens,
         "num_layers": projector_layers,
@@ -140,10 +158,11 @@ def build(
             raise UsageError(
                 f"{flag} belongs to --projector {' or '.join(kinds)}, not {projector}."
             )
-    if tiling:
-        fields["type"] = tiling
-    if tiling == "dynamic":
-        fields["resize"] = "squash"  # an encoder of its own may crop
+    fields: dict[str, Any] = {**TILINGS[tiling], **limits} if tiling else {}
+    if thumbnail is not None:
+        fields["use_thumbnail"] = thumbnail
+    if grids:
+        fields["grids"] = _grids(grids)
     if resize:
         fields["resize"] = resize
     vlm = join(
@@ -164,10 +183,18 @@ def build(
     )
     save(vlm, out)
     tiles, views = vlm.config.tiling, ""
-    if tiles.type == "dynamic":
+    if tiles.type != "single":
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
+        more = ", and the whole" if tiles.type == "anyres" else more
         views = f", {tiles.min_tiles} to {tiles.max_tiles} tiles a picture{more}"
     typer.echo(
         f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view{views}. "
         f"The projector is untrained: mlxvlm pretrain --model {out}"
     )
+
+
+def _grids(text: str) -> list[list[int]]:
+    """Columns and rows, of "2x1,1x2"."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
+        raise UsageError(f"--grids (={text}) must be columns and rows, as in 2x1,1x2,2x2.")
+    return [[int(n) for n in grid.split("x")] for grid in text.split(",")]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlxvlm.cache import EmbeddingCache
     from mlxvlm.chat import Conversation
     from mlxvlm.cli.draw import Drawing
+    from mlxvlm.prompt_cache import PromptCache
     from mlxvlm.reply import Chunk, Reply
 
 HELP = """\
@@ -146,6 +147,24 @@ def chat(
             help="Features that `mlxvlm cache-embeddings` made: their pictures are not encoded.",
         ),
     ] = None,
+    prompt_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-cache",
+            metavar="DIR",
+            help="Keep what was read of prompts there, for later runs.",
+        ),
+    ] = None,
+    prompt_cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--prompt-cache-gb",
+            metavar="GB",
+            help="The most that --prompt-cache may take; what was used longest ago goes first. "
+            "Default: 10.",
+            show_default=False,
+        ),
+    ] = None,
     max_kv_size: Annotated[
         int | None,
         typer.Option(
@@ -201,6 +220,7 @@ def chat(
     except ConfigError as error:
         raise UsageError(str(error)) from None
     opened = _opened(cache)
+    disk = _prompts(prompt_cache, prompt_cache_gb)
     limits.limit_serving()
     vlm = load(
         model or str(demo()),
@@ -216,7 +236,7 @@ def chat(
         vlm,
         system=_text(system),
         allow_urls=allow_urls,
-        reuse=Reuse(vlm, cache=opened),
+        reuse=Reuse(vlm, cache=opened, disk=disk),
         stop=stop or (),
         max_kv_size=max_kv_size,
         kv_bits=kv_bits,
@@ -239,6 +259,8 @@ def chat(
         typer.echo(json.dumps({"model": model or DEMO, "images": paths, **told}))
     else:
         talk.ask(question, once=True)
+    if disk is not None and disk.problem:
+        _note(f"mlxvlm: warning: {disk.problem}")
 
 
 @dataclass
@@ -392,6 +414,19 @@ def _opened(cache: str | None) -> EmbeddingCache | None:
     from mlxvlm.cache import EmbeddingCache
 
     return EmbeddingCache.open(cache)
+
+
+def _prompts(folder: str | None, gigabytes: float | None) -> PromptCache | None:
+    """The folder of --prompt-cache."""
+    if folder is None:
+        if gigabytes is not None:
+            raise UsageError("--prompt-cache-gb bounds --prompt-cache, which is not given.")
+        return None
+    if gigabytes is not None and not 0 < gigabytes < 10**6:
+        raise UsageError(f"--prompt-cache-gb (={gigabytes:g}) must be above 0.")
+    from mlxvlm.prompt_cache import LIMIT, PromptCache
+
+    return PromptCache(folder, LIMIT if gigabytes is None else int(gigabytes * 10**9))
 
 
 def _checked(image: str) -> str:

@@ -32,16 +32,20 @@ T = TypeVar("T")
 class TilingConfig:
     """How a picture becomes views, as `images.tiling` does it.
 
-    type: "single" (the whole picture is one view) or "dynamic" (a grid of tiles close to the
-        picture's aspect ratio, as InternVL).
+    type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
+        picture's aspect ratio, as InternVL) or "anyres" (the whole, and a canvas of tiles with the
+        picture in its middle, as LLaVA-NeXT).
     image_size: side of a view in pixels.
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
-        Dynamic tiles are squashed.
+        Of several views, the whole and dynamic tiles are squashed.
     resample: "bicubic" or "bilinear" (Pillow's antialiased filters).
     background: RGB of the padding, 0-255.
-    min_tiles, max_tiles: of a dynamic grid; the pictures of one row share max_tiles.
-    use_thumbnail: whether the whole picture follows its tiles as one more view, if it has several.
+    min_tiles, max_tiles: of a grid; the pictures of one row share a dynamic grid's max_tiles.
+    use_thumbnail: whether the whole picture follows its dynamic tiles as one more view, if it has
+        several.
+    grids: (columns, rows) that "anyres" chooses from, the first of equals: LLaVA-NeXT's pinpoints
+        in tiles; empty means every grid of min_tiles to max_tiles, as LLaVA-1.5-HD.
     """
 
     type: str = "single"
@@ -52,10 +56,11 @@ class TilingConfig:
     min_tiles: int = 1
     max_tiles: int = 12
     use_thumbnail: bool = True
+    grids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single", "dynamic"))
+        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres"))
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
         if not 1 <= self.min_tiles <= self.max_tiles:
@@ -63,10 +68,28 @@ class TilingConfig:
                 f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
                 "must be at least 1, the first at most the second."
             )
-        if self.type == "dynamic" and self.resize != "squash":
+        if self.type != "single" and self.resize != "squash":
             raise ConfigError(
-                f"tiling.resize (={self.resize!r}) must be 'squash' for dynamic tiles."
+                f"tiling.resize (={self.resize!r}) must be 'squash' for {self.type} tiles."
             )
+        self._set_grids()
+
+    def _set_grids(self) -> None:
+        try:
+            self.grids = tuple((columns, rows) for columns, rows in self.grids)
+            good = all(type(n) is int and n > 0 for grid in self.grids for n in grid)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ConfigError(
+                f"tiling.grids (={self.grids!r}) must be pairs of whole numbers from 1 up, columns "
+                "and rows."
+            )
+        if self.grids and self.type != "anyres":
+            raise ConfigError(f"tiling.grids belong to 'anyres' tiles, not to {self.type!r}.")
+        if self.grids:
+            tiles = [columns * rows for columns, rows in self.grids]
+            self.min_tiles, self.max_tiles = min(tiles), max(tiles)
 
     def resized(self, resize: str, image_mean: tuple[float, ...]) -> TilingConfig:
         """The same with another `resize`; a padded canvas has the encoder's mean colour."""
@@ -76,11 +99,33 @@ class TilingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that views depend on, as plain JSON values."""
-        unused = ("resize", "background")
-        if self.type == "single":
-            unused = ("min_tiles", "max_tiles", "use_thumbnail")
+        unused = {
+            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids"),
+            "dynamic": ("resize", "background", "grids"),
+            "anyres": ("resize", "use_thumbnail"),
+        }[self.type]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return json.loads(json.dumps(fields))
+
+
+# Tilings by the names that `mlxvlm build` has for them: the fields of each. Whatever an encoder of
+# its own does to a picture, their views are squashed.
+TILINGS: dict[str, dict[str, Any]] = {
+    "single": {"type": "single"},
+    "dynamic": {"type": "dynamic", "resize": "squash"},
+    "anyres": {
+        "type": "anyres",
+        "resize": "squash",
+        "background": (0, 0, 0),
+        "grids": ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)),
+    },
+    "anyres-hd": {
+        "type": "anyres",
+        "resize": "squash",
+        "background": (0, 0, 0),
+        "max_tiles": 6,
+    },
+}
 
 
 @dataclass
@@ -222,10 +267,13 @@ class ProjectorConfig:
 class PromptConfig:
     """How messages and pictures become tokens, as `prompts` lays them out.
 
-    layout: "llama-3", "vicuna_v1", "internvl2_5", "plain", or "chat_template" (the tokenizer's own
-        template).
+    layout: "llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", or "chat_template" (the
+        tokenizer's own template).
     image_placement: "turn" (a picture stands where its user turn names it) or "sequence" (all
         pictures stand before the first token of text, as the Llama3-V blog has it).
+    merge: "flat" (a picture's views one after the other) or "spatial_unpad" (the whole, then its
+        tiles as one map without the padding, each row closed by the projector's `image_newline`:
+        LLaVA-NeXT), for "anyres" tiles.
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -235,6 +283,7 @@ class PromptConfig:
 
     layout: str = "llama-3"
     image_placement: str = "turn"
+    merge: str = "flat"
     image_suffix: str = "\n"
     system: str = ""
     image_token_id: int = 128002
@@ -243,9 +292,10 @@ class PromptConfig:
         _one_of(
             "prompt.layout",
             self.layout,
-            ("llama-3", "vicuna_v1", "internvl2_5", "plain", "chat_template"),
+            ("llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", "chat_template"),
         )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
+        _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad"))
 
 
 @dataclass
@@ -273,6 +323,28 @@ class ModelConfig:
                 f"vision.image_size (={self.vision.image_size}): the encoder has a fixed grid."
             )
 
+        if self.prompt.merge == "spatial_unpad":
+            self._check_map()
+
+    def _check_map(self) -> None:
+        if self.tiling.type != "anyres":
+            raise ConfigError(
+                "prompt.merge 'spatial_unpad' lays out tiling.type 'anyres', not "
+                f"{self.tiling.type!r}."
+            )
+        if self.projector.type == "resampler":
+            raise ConfigError(
+                "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad'), and "
+                "projector.type 'resampler' gives queries, which are none: choose 'c_abstractor' "
+                "for few tokens, or 'dynamic' tiles, which go with any projector."
+            )
+        if math.isqrt(self.tokens_per_view) ** 2 != self.tokens_per_view:
+            raise ConfigError(
+                "prompt.merge 'spatial_unpad' needs the whole square grid of patches, not "
+                f"{self.tokens_per_view} tokens a view: set vision.vision_feature_select_strategy "
+                "to 'default' for CLIP, 'full' for SigLIP."
+            )
+
     def override(self, resize: str = "", layout: str = "") -> None:
         """Pictures and prompts laid out otherwise from here on, as a later stage of training may
         want it (LLaVA-1.5 crops in its first and pads in its second); empty: as they are."""
@@ -284,7 +356,7 @@ class ModelConfig:
     @property
     def tokens_per_view(self) -> int:
         """Visual tokens that the language model sees for one view."""
-        return visual_tokens(self.vision, self.projector)
+        return view_tokens(self.vision, self.projector)
 
     @property
     def encoder_pool(self) -> str:
@@ -377,7 +449,7 @@ def pooled_side(vision: VisionConfig, pool: str, asker: str) -> int:
     return vision.grid if pool == "none" else -(-vision.grid // int(pool[-1]))
 
 
-def visual_tokens(vision: VisionConfig, projector: ProjectorConfig) -> int:
+def view_tokens(vision: VisionConfig, projector: ProjectorConfig) -> int:
     """Tokens that the projector gives the language model for a view."""
     return projector.num_query_tokens or pooled_tokens(vision, projector.pool)
 

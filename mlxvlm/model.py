@@ -10,7 +10,7 @@ Tokens hold the image token once per visual token. Its id never reaches the embe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -20,10 +20,11 @@ import numpy as np
 from .config import ModelConfig
 from .dtypes import dtype_of
 from .errors import PromptError
-from .images.picture import Features, Picture
+from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
 from .language.load import build_language, language_width
+from .merge import merge_tokens, unbroken, visual_tokens
 from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
@@ -48,7 +49,10 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.vision = build_vision(config.vision)
         self.projector = build_projector(
-            config.projector, config.vision, language_width(config.language)
+            config.projector,
+            config.vision,
+            language_width(config.language),
+            newline=config.prompt.merge == "spatial_unpad",
         )
         self.language = build_language(config.language)
         embedding(self.language)  # refuses, by name, a decoder that cannot be put together here
@@ -102,29 +106,37 @@ class VLM(nn.Module):
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
-        counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
+        counts = [visual_tokens(self.config, p.cut) for p in pictures]
         prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
         prompt.pictures = pictures
         return prompt
 
     def project(self, pictures: Sequence[Picture | Features]) -> mx.array:
-        """[visual tokens, D]: the projected views of all pictures, one after the other."""
+        """[visual tokens, D] of all pictures, one after the other."""
         encoded = iter(self.encoder.encode([p for p in pictures if isinstance(p, Picture)]))
         features = [next(encoded) if isinstance(p, Picture) else p for p in pictures]
         parts = []
         for done, same in groupby(features, key=lambda found: found.projected):
-            views = mx.stack([mx.array(view) for found in same for view in found.views])
+            group = list(same)
+            views = mx.stack([mx.array(view) for found in group for view in found.views])
+            cuts = [found.cut for found in group]
             if done:
-                dtype = dtype_of(self.projector)
-                parts.append(views.astype(dtype).reshape(-1, views.shape[-1]))
+                parts.append(self.merge(views.astype(dtype_of(self.projector)), cuts))
             else:
-                parts.append(self.project_views(views))
+                parts.append(self.project_views(views, cuts))
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def project_views(self, views: mx.array) -> mx.array:
-        """[views, tokens, width] features to [views * tokens_per_view, D] embeddings."""
-        out = self.projector(views.astype(dtype_of(self.projector)))
-        return out.reshape(-1, out.shape[-1])
+    def project_views(self, views: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
+        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings.
+
+        cuts: how the pictures are cut, which `prompt.merge` "flat" need not know.
+        """
+        return self.merge(self.projector(views.astype(dtype_of(self.projector))), cuts)
+
+    def merge(self, projected: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
+        """[views, tokens_per_view, D] of pictures to [visual tokens, D]; cuts: as above."""
+        tokens = projected.reshape(-1, projected.shape[-1])
+        return merge_tokens(self.config, tokens, self.projector.get("image_newline"), cuts)
 
     def embed(self, tokens: Any, pictures: Sequence[Picture | Features] | None = None) -> mx.array:
         """Embeddings [B, L, D] of tokens [B, L] with the pictures in their places.
@@ -135,12 +147,11 @@ class VLM(nn.Module):
         rows = np.array(tokens)
         rows = rows[None] if rows.ndim == 1 else rows
         pictures = pictures or []
-        each = self.config.tokens_per_view
-        counts = [len(p.views) * each for p in pictures]
-        self._check_places(rows == self.config.prompt.image_token_id, counts)
+        cuts = [p.cut for p in pictures]
+        self._check_places(rows == self.config.prompt.image_token_id, cuts)
         visual = self.project(pictures) if pictures else None
         if visual is not None:
-            self._check_count(len(visual), sum(counts))
+            self._check_count(len(visual), cuts)
         return self.splice(rows, visual)
 
     def embed_after(
@@ -151,15 +162,15 @@ class VLM(nn.Module):
         Pictures that end before `start` are not looked at.
         """
         places = tokens == self.config.prompt.image_token_id
-        counts = [len(p.views) * self.config.tokens_per_view for p in pictures]
-        self._check_places(places[None], counts)
+        cuts = [p.cut for p in pictures]
+        self._check_places(places[None], cuts)
         before = int(places[:start].sum())
-        ends = np.cumsum(counts)
+        ends = np.cumsum([visual_tokens(self.config, cut) for cut in cuts])
         first = int(np.searchsorted(ends, before, side="right"))
-        if first == len(counts):
+        if first == len(cuts):
             return self.splice(tokens[None, start:], None)[0]
         visual = self.project(pictures[first:])
-        self._check_count(len(visual), sum(counts[first:]))
+        self._check_count(len(visual), cuts[first:])
         skip = before - (int(ends[first - 1]) if first else 0)
         return self.splice(tokens[None, start:], visual[skip:])[0]
 
@@ -174,14 +185,16 @@ class VLM(nn.Module):
         found = visual[mx.array(index.astype(np.int32))].reshape(*tokens.shape, -1)
         return mx.where(mx.array(places)[..., None], found.astype(text.dtype), text)
 
-    def _check_count(self, found: int, wanted: int) -> None:
+    def _check_count(self, found: int, cuts: Sequence[Cut]) -> None:
+        wanted = sum(visual_tokens(self.config, cut) for cut in cuts)
         if found != wanted:
             raise PromptError(
                 f"the features give {found} visual tokens instead of {wanted}, "
                 f"{self.config.tokens_per_view} a view: they are another encoder's."
             )
 
-    def _check_places(self, places: np.ndarray, counts: list[int]) -> None:
+    def _check_places(self, places: np.ndarray, cuts: Sequence[Cut]) -> None:
+        counts = [visual_tokens(self.config, cut) for cut in cuts]
         ends = np.cumsum([0, *counts])
         needed = np.cumsum(places.sum(axis=1))
         for row, end in enumerate(needed):
@@ -195,14 +208,15 @@ class VLM(nn.Module):
                 f"{len(counts)} pictures give {int(ends[-1])} visual tokens, but the tokens have "
                 f"places for {int(needed[-1])}."
             )
-        starts_and_ends = np.flatnonzero(places).reshape(-1, self.config.tokens_per_view)[
-            :, [0, -1]
-        ]
-        if np.any(np.diff(starts_and_ends) != self.config.tokens_per_view - 1):
-            raise PromptError(
-                f"other tokens stand among the {self.config.tokens_per_view} image tokens of a "
-                "view, which must follow each other."
-            )
+        runs = [run for cut in cuts for run in unbroken(self.config, cut)]
+        edges = np.cumsum([0, *runs])
+        where = np.flatnonzero(places)
+        for start, end in pairwise(edges.tolist()):
+            if where[end - 1] - where[start] != end - start - 1:
+                raise PromptError(
+                    f"other tokens stand among {end - start} image tokens of one picture, which "
+                    "must follow each other."
+                )
 
     def __call__(
         self, tokens: Any, pictures: Sequence[Picture | Features] | None = None

@@ -10,7 +10,7 @@ token that differs, or up to the first picture that differs in content.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,14 @@ from .language.kv import KVSettings, arrays_of, cut, is_free, nbytes
 TAIL = 8
 
 # A picture among the tokens: where its first token stands, and what its embeddings depend on.
-Place = tuple[int, tuple[Any, ...]]
+Place = tuple[int, str]
+
+
+class Read(Protocol):
+    """Tokens [L] that were read, and the pictures among them."""
+
+    tokens: np.ndarray
+    places: list[Place]
 
 
 @dataclass
@@ -55,6 +62,23 @@ class Prefixes:
     def clear(self) -> None:
         self._kept.clear()
 
+    def reach(
+        self, tokens: np.ndarray, places: list[Place], kv: KVSettings, most: int
+    ) -> tuple[int, Prefix | None, list[Any]]:
+        """How many tokens of a prompt, at most `most`, are known, by which prefix, and a copy of
+        its caches as they were after them."""
+        agreed = [
+            (min(agreement(prefix, tokens, places), most), at)
+            for at, prefix in enumerate(self._kept)
+            if prefix.kv == kv
+        ]
+        for shared, at in sorted(agreed, reverse=True):
+            prefix = self._kept[at]
+            caches = cut(prefix.caches, len(prefix), shared) if shared else None
+            if caches is not None:
+                return shared, prefix, caches
+        return 0, None, []
+
     def take(
         self, tokens: np.ndarray, places: list[Place], kv: KVSettings, most: int
     ) -> tuple[list[Any], int] | None:
@@ -63,24 +87,15 @@ class Prefixes:
         They are the caller's to write to. A prefix that is used but for its last few tokens is
         handed over, lest its memory be held twice, and is the caller's to put back, longer.
         """
-        agreed = [
-            (min(agreement(prefix, tokens, places), most), at)
-            for at, prefix in enumerate(self._kept)
-            if prefix.kv == kv
-        ]
-        for shared, at in sorted(agreed, reverse=True):
-            if not shared:
-                break
-            prefix = self._kept[at]
-            whole = shared == len(prefix) and is_free(prefix.caches)
-            caches = prefix.caches if whole else cut(prefix.caches, len(prefix), shared)
-            if caches is None:
-                continue
-            del self._kept[at]
-            if not is_free(prefix.caches) or len(prefix) - shared > TAIL:
-                self._kept.append(prefix)
-            return caches, shared
-        return None
+        shared, prefix, caches = self.reach(tokens, places, kv, most)
+        if prefix is None:
+            return None
+        self._kept = [kept for kept in self._kept if kept is not prefix]
+        if not is_free(prefix.caches) or len(prefix) - shared > TAIL:
+            self._kept.append(prefix)
+        elif shared == len(prefix):
+            caches = prefix.caches  # with their room for more tokens
+        return caches, shared
 
     def put(
         self, tokens: np.ndarray, places: list[Place], kv: KVSettings, caches: list[Any]
@@ -106,7 +121,7 @@ class Prefixes:
             del self._kept[0]
 
 
-def agreement(prefix: Prefix, tokens: np.ndarray, places: list[Place]) -> int:
+def agreement(prefix: Read, tokens: np.ndarray, places: list[Place]) -> int:
     """How many tokens a prefix and a prompt have in common from the start, pictures compared."""
     length = min(len(prefix.tokens), len(tokens))
     different = np.flatnonzero(prefix.tokens[:length] != tokens[:length])

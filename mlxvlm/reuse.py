@@ -27,7 +27,8 @@ from .images.picture import Features, Picture
 from .language.kv import KVSettings, copied, cut, is_free, make_caches
 from .language.load import translate
 from .machine.limits import memory_size
-from .prefixes import Place, Prefixes
+from .prefixes import TAIL, Place, Prefixes
+from .prompt_cache import PromptCache
 from .vision.encoder import same_arrays, tensors_of
 
 if TYPE_CHECKING:
@@ -46,25 +47,34 @@ class Reuse:
     limit: bytes of keys and values (a tenth of the computer's memory by default); 0 keeps none.
     cache: an embedding cache whose pictures are not encoded here, nor decoded; CacheError if
         another encoder made it.
+    disk: prefixes are kept there too, for other runs.
 
     New weights in the model, or an adapter, make all of it forgotten at the next question; weights
     that change inside their arrays are not noticed (call `clear`).
     """
 
-    def __init__(self, vlm: VLM, *, limit: int | None = None, cache: EmbeddingCache | None = None):
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        limit: int | None = None,
+        cache: EmbeddingCache | None = None,
+        disk: PromptCache | None = None,
+    ):
         self.vlm = vlm
         self.cache = cache
+        self.disk = disk
         if cache is not None:
             encoder = vlm.projected_encoder if cache.projected else vlm.encoder
             cache.require(encoder.identity())
         self.prefixes = Prefixes(int(PREFIX_SHARE * memory_size()) if limit is None else limit)
-        self._features: OrderedDict[tuple[Any, ...], Features] = OrderedDict()
+        self._features: OrderedDict[str, Features] = OrderedDict()
         self._most = int(FEATURE_SHARE * memory_size())
         self._weights: list[mx.array] = []
         self._pure = _pure_length(vlm.config.language)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything but what is on disk."""
         self.prefixes.clear()
         self._features.clear()
 
@@ -81,7 +91,7 @@ class Reuse:
             for picture in pictures
             if isinstance(picture, Picture) and content_of(picture) not in self._features
         }
-        found: dict[tuple[Any, ...], Features] = {}
+        found: dict[str, Features] = {}
         if new:
             features = self.vlm.features(list(new.values()))
             # Now, not lazily with the prompt: the tower's memory is free before the prefill.
@@ -109,6 +119,32 @@ class Reuse:
         if not same_arrays(arrays, self._weights):
             self.clear()
             self._weights = arrays
+            if self.disk is not None:
+                self.disk.bind(self.vlm)
+
+    def take(
+        self, tokens: np.ndarray, places: list[Place], kv: KVSettings, most: int
+    ) -> tuple[list[Any], int] | None:
+        """As `Prefixes.take`, from memory, or from disk where that knows clearly more."""
+        if self.disk is not None:
+            known = self.prefixes.reach(tokens, places, kv, most)[0]
+            found = self.disk.take(tokens, places, kv, most, known + TAIL)
+            if found is not None:
+                return found
+        return self.prefixes.take(tokens, places, kv, most)
+
+    def put(
+        self,
+        tokens: np.ndarray,
+        places: list[Place],
+        kv: KVSettings,
+        caches: list[Any],
+        ends: Sequence[int] = (),
+    ) -> None:
+        """Keeps a state; on disk also as it was at `ends`."""
+        self.prefixes.put(tokens, places, kv, caches)
+        if self.disk is not None:
+            self.disk.put(tokens, places, kv, caches, ends)
 
     def usable(self, prompt: Prompt, kv: KVSettings) -> bool:
         """Whether what a prompt's tokens leave behind hangs on the tokens before them alone."""
@@ -155,27 +191,31 @@ class Reading:
             self.places: list[Place] = list(zip(starts, contents, strict=True))
             # The last token is read in any case: its logits are the answer's first word.
             most = len(prompt) - 1
-            taken = self._reuse.prefixes.take(prompt.tokens, self.places, kv, most)
+            taken = self._reuse.take(prompt.tokens, self.places, kv, most)
         self.caches, self.start = taken or (make_caches(vlm.language, kv), 0)
         self._free = is_free(self.caches)
         self._known = self.start  # tokens that every layer has taken in, whatever happens
         self._settled = True
         self._answer: list[int] = []
-        if reuse is not None:
-            ends = [start + length for start, length in prompt.slots]
-            needed = [p for p, end in zip(pictures, ends, strict=True) if end > self.start]
-            pictures = [*pictures[: len(pictures) - len(needed)], *reuse.features(needed)]
-            if self._reuse is not None and not self._free:
-                self.pauses = sorted({*ends[-1:], len(prompt) - 1})
-        self.embeddings = vlm.embed_after(prompt.tokens, pictures, self.start)
-        mx.eval(self.embeddings)
+        self._paused: list[tuple[int, list[Any]]] = []
+        self._ends = [start + length for start, length in prompt.slots]
+        try:
+            if reuse is not None:
+                each = zip(pictures, self._ends, strict=True)
+                needed = [picture for picture, end in each if end > self.start]
+                pictures = [*pictures[: len(pictures) - len(needed)], *reuse.features(needed)]
+                if self._reuse is not None and not self._free:
+                    self.pauses = sorted({*self._ends[-1:], len(prompt) - 1})
+            self.embeddings = vlm.embed_after(prompt.tokens, pictures, self.start)
+            mx.eval(self.embeddings)
+        except BaseException:
+            self.close()  # what was handed over goes back
+            raise
 
     def pause(self, at: int) -> None:
-        """Keeps a copy of a state that cannot be cut back to, for other questions and retries."""
+        """Copies a state that cannot be cut back to, for other questions and retries."""
         self._known = at
-        if self._reuse is not None:
-            tokens = self.prompt.tokens[:at]
-            self._reuse.prefixes.put(tokens, self.places, self.kv, copied(self.caches))
+        self._paused.append((at, copied(self.caches)))
 
     def follow(self, ids: Iterator[int]) -> Iterator[int]:
         """The ids as they come, noting what the decoder has surely taken in."""
@@ -195,20 +235,19 @@ class Reading:
         if self._reuse is None or not self._known:
             return
         tokens = np.concatenate([self.prompt.tokens, np.array(self._answer, np.int32)])
-        tokens = tokens[: self._known]
-        caches: list[Any] | None = self.caches
+        states: list[tuple[int, list[Any] | None]] = list(self._paused)
         if self._free:
-            caches = cut(self.caches, self._known, self._known)
-        elif not self._settled or not self._answer:
-            return  # the copies made at pauses remain
-        if self.kv.max_size is not None and len(tokens) >= self.kv.max_size:
-            return
-        if caches is not None:
-            self._reuse.prefixes.put(tokens, self.places, self.kv, caches)
+            states.append((self._known, cut(self.caches, self._known, self._known)))
+        elif self._settled and self._answer:
+            states.append((self._known, self.caches))
+        for length, caches in states:
+            overwritten = self.kv.max_size is not None and length >= self.kv.max_size
+            if caches is not None and not overwritten:
+                self._reuse.put(tokens[:length], self.places, self.kv, caches, self._ends)
 
 
-def content_of(picture: Picture | Features) -> tuple[Any, ...]:
-    """What a picture's embeddings depend on: its content and how it was tiled, or its features."""
+def content_of(picture: Picture | Features) -> str:
+    """What a picture's embeddings depend on: its content or its features, and how it is cut."""
     digest = picture.sha256
     if digest is None or isinstance(picture, Features):
         hashed = hashlib.sha256()
@@ -217,7 +256,7 @@ def content_of(picture: Picture | Features) -> tuple[Any, ...]:
         digest = hashed.hexdigest()
     shapes = tuple((tuple(v.shape), str(v.dtype)) for v in picture.views)
     kind = "picture" if isinstance(picture, Picture) else f"features {picture.projected}"
-    return kind, digest, tuple(picture.grid), shapes
+    return f"{kind} {digest} {tuple(picture.cut)} {shapes}"
 
 
 def _bits(view: Any) -> Any:

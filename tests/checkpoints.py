@@ -56,6 +56,7 @@ def rewrite(source: Path, folder: Path, layout: str) -> Path:
         tensors = rename(tensors, "language_model.lm_head.", "lm_head.")
         tensors = rename(tensors, "vision_tower.", "model.vision_tower.")
         tensors = rename(tensors, "multi_modal_projector.", "model.multi_modal_projector.")
+        tensors = rename(tensors, "image_newline", "model.image_newline")
     return write(folder, config, tensors, "mlx" if layout == "mlx" else "pt", **files)
 
 

@@ -1,6 +1,7 @@
 """Adapters on disk: whole or absent, and nothing of an earlier run among them."""
 
 import errno
+import json
 
 import mlx.core as mx
 import pytest
@@ -80,3 +81,18 @@ def test_a_folder_of_adapters_is_no_model(tmp_path):
         load(tmp_path / "adapters")
     with pytest.raises(ConfigError, match="--resume"):
         load(tmp_path / "run")
+
+
+def test_adapters_of_a_release_with_fewer_fields_still_fit(tmp_path):
+    """A field that their config does not name is at its default."""
+    save_adapter(*adapted(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    for part, name in (("tiling", "grids"), ("prompt", "merge")):
+        del raw["trained_on"][part][name]
+    path.write_text(json.dumps(raw))
+    load_adapter(tiny_vlm(), tmp_path)
+    raw["trained_on"]["tiling"]["max_tiles"] = 3
+    path.write_text(json.dumps(raw))
+    with pytest.raises(WeightsError, match="its tiling differ"):
+        load_adapter(tiny_vlm(), tmp_path)

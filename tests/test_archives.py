@@ -140,7 +140,7 @@ def test_a_cache_from_tars_serves_rows_without_them(tmp_path, shards):
     with EmbeddingCache.open(tmp_path / "cache") as cache:
         pictures = Pictures(None, tmp_path, cache)
         for row in rows:
-            assert all(pictures.count_views(name) for name in row.images)
+            assert all(pictures.cut(name).views for name in row.images)
         np.testing.assert_array_equal(cache["part-000.tar/000001.PNG"].views[0], expected)
         assert cache["coco/1.png"].sha256 == cache["part-000.tar/000001.PNG"].sha256
 
@@ -164,9 +164,9 @@ def test_training_reads_pictures_out_of_tars(shards, tmp_path):
     name = "part-000.tar/in/000002.png"
     found = pictures.get(name)
     assert isinstance(found, Picture) and found.size == (22, 16)
-    assert pictures.count_views(name) == len(found.views) == len(encoder.look([png(2)])[0].views)
+    assert pictures.cut(name).views == len(found.views) == len(encoder.look([png(2)])[0].views)
     with pytest.raises(DataError, match="does not exist"):
-        pictures.count_views("part-000.tar/none.png")
+        pictures.cut("part-000.tar/none.png")
 
 
 @pytest.mark.parametrize("cut", [600, 2000, 5000])

@@ -119,7 +119,7 @@ def test_a_picture_under_two_plans(tmp_path):
                     assert got.grid == want.grid and len(got.views) == (limit or 4) + 1
                     for one, other in zip(want.views, got.views, strict=True):
                         np.testing.assert_allclose(np.array(one), other, atol=1e-5)
-                    assert cache.num_views(sha256(path), plan) == len(got.views)
+                    assert cache.cut(sha256(path), plan).views == len(got.views)
             assert cache.verify() == []
         (out / "index.sqlite").unlink()
 

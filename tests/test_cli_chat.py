@@ -209,6 +209,8 @@ def saying(monkeypatch, vlm, *answers):
     ids = [[*vlm.tokenizer.encode(text)[0], EOT] for text in answers]
     queue = iter(ids)
     monkeypatch.setattr("mlxvlm.reply.generate_tokens", lambda *a, **k: (i for i in next(queue)))
+    # No prompt is read for them, so there is none to keep.
+    monkeypatch.setattr("mlxvlm.reuse.Reading.close", lambda reading: None)
 
 
 def test_a_refusal_without_a_model_is_followed_by_the_command_for_one(
@@ -416,6 +418,35 @@ def test_a_cache_of_another_encoder_is_refused(chat, folder, tmp_path):
     assert done.stdout == ""
     none = chat("a.png", "-p", "Why?", "--cache", str(tmp_path / "none"), model="no-such-model")
     assert none.exit_code == 1 and "holds no embedding cache" in none.stderr
+
+
+def test_prompts_are_kept_across_runs(chat, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    kept = str(tmp_path / "prompts")
+    first, again = (
+        json.loads(chat("a.png", "--json", "-p", "Why?", "--prompt-cache", kept).stdout)
+        for _ in range(2)
+    )
+    assert first["reused_tokens"] == 0 and again["text"] == first["text"]
+    assert again["reused_tokens"] == again["prompt_tokens"] - 1
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr("mlxvlm.prompt_cache.publish", full)
+    done = chat("a.png", "-p", "Why?", "--prompt-cache", str(tmp_path / "full"))
+    assert done.stdout == first["text"] + "\n" and done.exit_code == 0
+    assert "warning: the prompt could not be kept" in done.stderr and "No space" in done.stderr
+
+
+def test_flags_of_prompts_on_disk_that_cannot_be(chat, tmp_path):
+    kept = str(tmp_path / "prompts")
+    for flags, code, said in (
+        (("--prompt-cache-gb", "1"), 2, "which is not given"),
+        (("--prompt-cache", kept, "--prompt-cache-gb", "0"), 2, "must be above 0"),
+        (("--prompt-cache", "a.png"), 1, "a.png cannot be a folder"),
+    ):
+        done = chat("-p", "Why?", *flags, model="no-such-model")
+        assert done.exit_code == code and said in done.stderr
 
 
 def test_text_that_is_no_utf8(chat, vlm, folder):

@@ -174,5 +174,5 @@ def test_a_source_with_fewer_tiles_finds_them(place: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(cached, plain, rtol=1e-5)
     command("cache", "prune", cache, "--keep", *words, "--max-tiles", 3)
     with EmbeddingCache.open(cache) as found:
-        plans = {found.num_views("0.png", plan_of(limit)) for limit in (3, 1)}
+        plans = {found.cut("0.png", plan_of(limit)).views for limit in (3, 1)}
     assert len(plans) == 2

@@ -12,6 +12,7 @@ from mlxvlm.data.records import parse_record
 from mlxvlm.data.samples import prepare
 from mlxvlm.data.sources import read_rows
 from mlxvlm.errors import DataError, PromptError
+from mlxvlm.images.picture import Cut
 from mlxvlm.prompts import document, normalize_messages, render
 
 PART = {"type": "image"}
@@ -126,7 +127,7 @@ def test_bad_ones(row, error):
 def sample_of(row, **changes):
     config = tiny_config(prompt=PromptConfig(image_token_id=IMAGE, **changes))
     record = parse_record(row, "x")
-    samples, skipped = prepare([("x", record)], tiny_tokenizer(), config, lambda *_: 1, 200)
+    samples, skipped = prepare([("x", record)], tiny_tokenizer(), config, lambda *_: Cut(1), 200)
     assert not skipped
     return samples[0]
 
@@ -192,6 +193,6 @@ def test_a_document_that_nothing_predicts_is_left_out(monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token_id = None
     rows = [(words, parse_record({"content": [text(words)]}, words)) for words in ("a", "ab")]
-    samples, skipped = prepare(rows, tokenizer, tiny_config(), lambda *_: 1, 9)
+    samples, skipped = prepare(rows, tokenizer, tiny_config(), lambda *_: Cut(1), 9)
     assert [sample.where for sample in samples] == ["ab"]
     assert [(one.where, one.kind) for one in skipped] == [("a", "nothing supervised")]

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -31,13 +32,16 @@ from examples.shapes import (  # noqa: E402
     run,
     world,
 )
+from examples.shapes.qa import in_one_word  # noqa: E402
 from examples.shapes.tokenizer import CONTROLS, build, tokenizer_config  # noqa: E402
+from examples.shapes.wording import loosely  # noqa: E402
 
 SCENES = [world.make_scene(seed) for seed in range(240)]
 DRAWN = [scene for scene in SCENES if scene.kind != "texture"]
 TOKENIZER = build()
 STEP = phrases.COORDINATES.step
-PATCHES = (world.SIZE // world.PATCH) ** 2
+ACROSS = world.SIZE // world.PATCH
+PATCHES = ACROSS**2
 
 
 def encode(text: str) -> list[str]:
@@ -256,10 +260,7 @@ def test_parts_of_the_training_split_share_no_seed(monkeypatch):
         monkeypatch.setattr(module, "seeds", spy)
     chat = [scene.seed for scene in data.scenes("train", 100)]
     exam.blind_guesses(1)
-    monkeypatch.setattr(encoder, "batch", lambda found: pytest.fail(f"stop at {found}"))
-    model = encoder.Teacher(replace(encoder.CONFIG, hidden_size=8, num_hidden_layers=1))
-    with pytest.raises(pytest.fail.Exception):
-        next(encoder.train(model, 4, 1, 1e-3))
+    next(encoder.fresh_scenes(1))
     assert [split for split, _ in starts] == ["train"] * 3
     (_, rows), (_, guesser), (_, tower) = starts
     # 24,000 scenes of rows, 15,000 of the guesser, and each step of the tower with its own batch.
@@ -762,7 +763,7 @@ def test_labels_of_patches_and_slots():
     for thing in scene.things:
         label = named(found[PATCHES + 3 * thing.row + thing.column])
         assert label[: encoder.SEEN] == [thing.shape, thing.size, thing.color, "", "", "", ""]
-        for edge, seen in zip(label[encoder.SEEN :], ink(scene)[thing], strict=True):
+        for edge, seen in zip(label[encoder.SEEN : -1], ink(scene)[thing], strict=True):
             assert abs(int(edge) - 1000 * seen / world.SIZE) <= STEP
     empty = [slot for slot in found[PATCHES:] if not slot.any()]
     assert len(empty) == encoder.QUERIES - 4
@@ -772,6 +773,10 @@ def test_labels_of_patches_and_slots():
         kind, size, color, height, tens, units, word = label[: encoder.SEEN]
         assert (kind, size, color, height) == (each.kind, "", each.color, "")
         assert (tens + units or word) == each.text and not (tens + units and word)
+        shown = drawing.patch_letters(printed)
+        for letter, (x0, y0, x1, y1) in drawing.letters(each):
+            patch = int((y0 + y1) / 2) // world.PATCH * ACROSS + int((x0 + x1) / 2) // world.PATCH
+            assert shown[patch] in each.text and letter in shown
     chart = first("bars")
     for i, bar in enumerate(chart.bars):
         label = named(encoder.labels(chart)[PATCHES + 9 + i])
@@ -779,6 +784,52 @@ def test_labels_of_patches_and_slots():
     texture = encoder.labels(first("texture"))
     assert {named(patch)[0] for patch in texture[:PATCHES]} == {"texture"}
     assert not texture[PATCHES:].any() and not texture[:, 1:].any()
+
+
+def test_a_page_is_full_of_print_and_asks_nothing_of_slots():
+    pages = [encoder.page(seed) for seed in range(20)]
+    assert min(len(page.prints) for page in pages) > 6
+    for page in pages:
+        found = encoder.labels(page)
+        assert (found[PATCHES:] == encoder.IGNORE).all() and (found[:PATCHES] >= 0).all()
+        assert (found[:PATCHES, -1] > 0).mean() > 0.4
+    made = next(encoder.fresh_scenes(100, pages=encoder.PAGES))
+    assert 15 < sum(len(scene.prints) > world.MAX_PRINTS for scene in made) < 50
+
+
+def test_one_word_is_the_looked_up_one():
+    told = Counter()
+    for scene in SCENES:
+        for asked in questions.ask_many(scene, 8):
+            short = in_one_word(asked)
+            if short is None:
+                assert asked.kind in ("at", "where", "where_cs", "next", "relation", "outside") or (
+                    asked.answer.endswith("not there.")
+                )
+                continue
+            told[short.kind] += 1
+            assert asked.answer.endswith(f" {short.answer}.")
+            assert short.question.endswith(phrases.IN_ONE_WORD)
+            assert len(encode("\n\n" + short.answer)) == 2
+    assert len(told) > 10
+
+
+def test_loose_wording_keeps_the_question_and_its_keys():
+    rng = random.Random(0)
+    changed = 0
+    for scene in SCENES:
+        for asked in questions.ask_many(scene, 8):
+            loose = loosely(asked, rng)
+            changed += loose.question != asked.question
+            assert (loose.answer, loose.ask) == (asked.answer, asked.ask)
+            for mark, before in zip(loose.marks, asked.marks, strict=True):
+                if mark.turn == 0:
+                    key = asked.question[: before.end].split()[-1].lower()
+                    assert loose.question[: mark.end].lower().endswith(key)
+                    assert mark.end in [end for _, end in TOKENIZER.encode(loose.question).offsets]
+                else:
+                    assert mark == before
+    assert changed > 1000
 
 
 def test_wilson_interval():
@@ -844,7 +895,7 @@ def test_the_readme_shows_the_evaluation():
 
 def test_the_shipped_model_answers():
     # A few fresh scenes: enough to see that the file is the trained one, and still read as it was.
-    vlm = mlxvlm.load(ROOT / "weights" / "demo")
+    vlm = mlxvlm.load(ROOT / "weights" / "demo", dtype="float32")
     taken = exam.take("progress", 5, questions.SCORED)
     pictures = evaluate.features(vlm, (scene for scene, _ in taken))
     verdicts = evaluate.right_answers(vlm, [(pictures[scene.seed], each) for scene, each in taken])

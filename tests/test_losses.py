@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
+from tiny_vlm import IMAGE, LFM2, picture, tiny_config, tiny_vlm
 
 from mlxvlm.config import LoRAConfig
 from mlxvlm.data.batching import Batching
@@ -76,7 +76,7 @@ def step(
     """Loss and gradients of one step over all samples."""
     pictures = {str(n): vlm.look([picture(n)])[0] for n in range(3)}
     kind = "pack" if pack_length else "buckets"
-    batching = Batching(batch_size, kind, 8, pack_length, tokens_per_view=VISUAL)
+    batching = Batching(batch_size, kind, 8, pack_length)
     feed = Feed(samples, Names(), batching, share_prefix, loss=loss)
     batches = [batch for batch, _ in feed.once()]
     assert all((batch.segments is not None) == bool(pack_length) for batch in batches)
@@ -219,21 +219,7 @@ def test_positions_that_run_on_equal_positions_that_start_again(rope):
 
 HYBRID = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 272, "intermediate_size": 96}
 REFUSED = {
-    "lfm2": {
-        "block_auto_adjust_ff_dim": False,
-        "block_dim": 64,
-        "block_ff_dim": 96,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_multiple_of": 8,
-        "conv_L_cache": 3,
-        "conv_bias": False,
-        "layer_types": ["conv", "full_attention"],
-        "max_position_embeddings": 512,
-        "norm_eps": 1e-5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_theta": 1e4,
-    },
+    "lfm2": LFM2,
     "rwkv7": {
         "norm_eps": 1e-5,
         "head_dim": 32,

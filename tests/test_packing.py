@@ -14,6 +14,7 @@ from mlxvlm.data.feed import Feed
 from mlxvlm.data.packing import collate_lines, fit_lines, stream_lines
 from mlxvlm.data.samples import Sample
 from mlxvlm.errors import ConfigError
+from mlxvlm.images.picture import Cut
 
 IMAGE = 261
 
@@ -71,13 +72,13 @@ def make_rows(count: int, spread: tuple[int, int] = (10, 400), text_only: float 
         tokens = np.concatenate([head, words]).astype(np.int32)
         learnt = np.zeros(len(tokens), bool)
         learnt[-3:] = True
-        slots = [(0, 16)] if pictured else []
-        rows.append(Sample(tokens, learnt, [f"{number}.png"] * pictured, slots=slots))
+        slots, cuts = ([(0, 16)], [Cut(1)]) if pictured else ([], [])
+        rows.append(Sample(tokens, learnt, [f"{number}.png"] * pictured, slots=slots, cuts=cuts))
     return rows
 
 
 def plan(rows, **want) -> Plan:
-    settings = {"batch_size": 4, "tokens_per_view": 16} | want
+    settings = {"batch_size": 4} | want
     return Plan(group(rows, 0), Batching(**settings))
 
 
@@ -126,7 +127,7 @@ def test_shapes_are_few():
     """A compiled step, and an allocator's cache, keep something for every shape that they meet."""
     rows = make_rows(3000, text_only=0.2)
     for kind, most in (("buckets", 2 * 416 // 32), ("pack", 2), ("internvl", 2)):
-        feed = Feed(rows, Nothing(), Batching(4, kind, pack_length=512, tokens_per_view=16))
+        feed = Feed(rows, Nothing(), Batching(4, kind, pack_length=512))
         shapes = Counter(feed.fetch(micro)[0].tokens.shape for micro in feed.plan.epoch(0))
         assert len(shapes) <= most, shapes
 
@@ -177,7 +178,7 @@ def test_batches_go_on_where_a_run_stopped():
     """Also in later epochs, which need not have as many micro-batches."""
     rows = make_rows(300)
     for kind in ("buckets", "pack", "internvl"):
-        feed = Feed(rows, Nothing(), Batching(3, kind, pack_length=448, tokens_per_view=16))
+        feed = Feed(rows, Nothing(), Batching(3, kind, pack_length=448))
         first, second = (len(feed.plan.epoch(n)) for n in range(2))
         order = feed.order(0)
         whole = [next(order) for _ in range(first + second + 5)]
@@ -220,7 +221,7 @@ def test_packing_a_large_set_takes_seconds():
 @pytest.mark.parametrize("kind", ["buckets", "pack", "internvl"])
 def test_batches_are_counted_as_they_are_made(kind):
     rows = make_rows(300, text_only=0.3)
-    want = Batching(4, kind, pack_length=512, by_modality=True, tokens_per_view=16)
+    want = Batching(4, kind, pack_length=512, by_modality=True)
     made = Plan(group(rows, 0), want)
     counted = Plan(group(rows, 0), want)
     assert [counted.num_batches(n) for n in range(4)] == [len(made.epoch(n)) for n in range(4)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlxvlm.config import ModelConfig, ProjectorConfig, VisionConfig, visual_tokens
+from mlxvlm.config import ModelConfig, ProjectorConfig, VisionConfig, view_tokens
 from mlxvlm.errors import ConfigError
 from mlxvlm.projectors.attention import AttentionProjector
 from mlxvlm.projectors.build import build_projector
@@ -272,11 +272,11 @@ def test_so_many_tokens_whatever_the_grid(config, pool):
         projector = build_projector(config, vision, 8)
         x = mx.random.normal((3, patches**2, 16))
         got = projector(x)
-        assert got.shape == (3, visual_tokens(vision, config), 8)
+        assert got.shape == (3, view_tokens(vision, config), 8)
         assert mx.isfinite(got).all().item()
         if pool == "mean2":  # a cache may hold them pooled already
             assert mx.array_equal(got, projector(mean2(x, patches)))
-    assert visual_tokens(vision, SMALL) == 64
+    assert view_tokens(vision, SMALL) == 64
 
 
 @pytest.mark.parametrize("config", [ABSTRACTOR, RESAMPLER])

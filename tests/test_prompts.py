@@ -38,6 +38,7 @@ def llama3_template() -> Tokenizer:
 TOKENIZERS = {
     "llama-3": llama3,
     "vicuna_v1": vicuna,
+    "mistral": vicuna,
     "plain": vicuna,
     "chat_template": chatml,
 }
@@ -159,6 +160,32 @@ LAYOUTS = [
         {"images": 1, "image_placement": "sequence"},
         "<s>##\nUSER: a",
     ),
+    # mistral
+    (
+        "mistral",
+        [user("Hi", None), says("Yo"), user("And?")],
+        {"images": 1, "ask": True},
+        "<s>[INST] ##\nHi [/INST] Yo </s>[INST] And? [/INST]",
+    ),
+    (
+        "mistral",
+        [system("Be."), user(None, " Hi "), says("Yo")],
+        {"images": 1},
+        "<s>[INST] <<SYS>>\nBe.\n<</SYS>>\n\n##\nHi [/INST] Yo </s>",
+    ),
+    ("mistral", [system(""), user("Hi")], {"system": "Be."}, "<s>[INST] Hi [/INST]"),
+    (
+        "mistral",
+        [user("Hi"), says("Yo"), user("a")],
+        {"system": "Be."},
+        "<s>[INST] <<SYS>>\nBe.\n<</SYS>>\n\nHi [/INST] Yo </s>[INST] a [/INST]",
+    ),
+    (
+        "mistral",
+        [user("a", None)],
+        {"images": 1, "image_placement": "sequence"},
+        "<s>##\n[INST] a [/INST]",
+    ),
     # plain
     ("plain", [user(None), says("A red circle")], {"images": 1}, "<s>##A red circle\n"),
     ("plain", [user(None, "Say."), says("A b")], {"images": 1}, "<s>##A b\n"),
@@ -226,6 +253,7 @@ THREE = [
         ("llama-3", llama3, EOT, True),
         ("vicuna_v1", vicuna, "</s>", False),
         ("vicuna_v1", lambda: vicuna("first"), "</s>", False),
+        ("mistral", vicuna, " </s>", False),
         ("chat_template", chatml, "<|im_end|>", False),
         ("chat_template", llama3_template, EOT, True),
     ],
@@ -239,7 +267,7 @@ def test_three_turns_learn_the_answers_and_their_ends_alone(
     answers = [answer.strip() if trimmed else answer for answer in answers]
     # vicuna's own space before an answer is not shown by decoding
     assert learnt(prompt, tokenizer) == [answer + end for answer in answers]
-    ends = prompt.supervised & (prompt.tokens == tokenizer.id(end))
+    ends = prompt.supervised & (prompt.tokens == tokenizer.id(end.strip()))
     assert ends.sum() == 3
     # the same tokens are asked for and given: what is learnt goes on from what asks for it
     for turn in (1, 3, 5):
@@ -286,7 +314,7 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
 @pytest.mark.parametrize("text", INJECTIONS)
-@pytest.mark.parametrize("layout", ["llama-3", "vicuna_v1", "chat_template"])
+@pytest.mark.parametrize("layout", ["llama-3", "vicuna_v1", "mistral", "chat_template"])
 def test_text_opens_no_turn_and_no_picture(layout, text, role):
     def chat(words):
         turns = [system("Be."), user("Hi"), says("Yo")]
@@ -312,7 +340,7 @@ def test_text_that_makes_the_image_id_is_an_error():
         render(parts, [], tokenizer, prompt, True)
 
 
-@pytest.mark.parametrize("layout", ["llama-3", "vicuna_v1", "chat_template"])
+@pytest.mark.parametrize("layout", ["llama-3", "vicuna_v1", "mistral", "chat_template"])
 @pytest.mark.parametrize("images", [0, 2])
 def test_characters_point_into_the_message_s_own_text(layout, images):
     messages = [
@@ -336,7 +364,7 @@ def test_characters_point_into_the_message_s_own_text(layout, images):
 
 
 def test_turns_count_the_messages_given_not_the_default_system():
-    for layout in ("llama-3", "vicuna_v1", "chat_template"):
+    for layout in ("llama-3", "vicuna_v1", "mistral", "chat_template"):
         prompt, tokenizer = lay([user("red"), says("blue")], layout, system="circle")
         for turn, word in enumerate(["red", "blue"]):
             assert tokenizer.decode(prompt.tokens[prompt.turns == turn]) == word

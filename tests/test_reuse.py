@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ArraysCache
-from tiny_vlm import VOCAB, picture, tiny_config, tiny_tokenizer, tiny_vlm
+from tiny_vlm import IMAGE, LFM2, VOCAB, picture, tiny_config, tiny_tokenizer, tiny_vlm
 
 import mlxvlm.language.generate as generate_module
 from mlxvlm.chat import Conversation
+from mlxvlm.config import TILINGS, ProjectorConfig, PromptConfig, TilingConfig
 from mlxvlm.errors import ConfigError
-from mlxvlm.language.kv import KVSettings, make_caches
+from mlxvlm.images.picture import Features, Picture
+from mlxvlm.language.kv import KVSettings, copied, make_caches
 from mlxvlm.model import VLM
 from mlxvlm.reuse import Reuse
 from mlxvlm.vision.siglip import SiglipVision
@@ -45,34 +47,29 @@ DECODERS = {
     "lfm2": {
         "model_type": "lfm2",
         **SMALL,
-        "block_auto_adjust_ff_dim": False,
-        "block_dim": 64,
-        "block_ff_dim": 96,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_multiple_of": 8,
-        "conv_L_cache": 3,
-        "conv_bias": False,
-        "layer_types": ["conv", "full_attention"],
-        "max_position_embeddings": 512,
-        "norm_eps": 1e-5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_theta": 1e4,
+        **LFM2,
     },
 }
 # Of the largest logit: the same sums, cut into other pieces, in float32.
 CLOSE = 1e-5
 
 
-def build(name: str) -> VLM:
+ANYRES: dict = {
+    "tiling": TilingConfig(image_size=32, **TILINGS["anyres"]),
+    "prompt": PromptConfig(image_token_id=IMAGE, merge="spatial_unpad"),
+}
+
+
+def build(name: str, **choices) -> VLM:
     """A decoder whose answers hang on distant tokens; weights are a function of the name."""
     fields = DECODERS[name]
     base = {} if name == "lfm2" else tiny_config().language
     mx.random.seed(3)
-    vlm = VLM(tiny_config(language={**base, **fields}), tiny_tokenizer())
+    vlm = VLM(tiny_config(language={**base, **fields}, **choices), tiny_tokenizer())
     louder = tree_map(lambda x: 2 * x if x.ndim == 2 else x, vlm.language.parameters())
     vlm.language.update(louder)
-    vlm.projector.out_proj.weight = 4 * vlm.projector.out_proj.weight
+    last = "out_proj" if "out_proj" in vlm.projector else "linear_2"
+    vlm.projector[last].weight = 4 * vlm.projector[last].weight
     vlm.eval()
     mx.eval(vlm.parameters())
     return vlm
@@ -180,9 +177,28 @@ def test_two_conversations_about_one_picture_keep_both(work):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_walk_of_turns_retries_and_edits_answers_as_fresh_calls_do(name, logits):
-    """Six pictures and conversations that grow, go back, branch and share; every answer is that of
-    a call without a past, and is drawn from the same logits."""
-    vlm = decoder(name)
+    walk(decoder(name), name, [picture(seed) for seed in range(3)], logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "window 30", "lfm2"])
+@pytest.mark.parametrize("projector", ["attention", "c_abstractor"])
+def test_a_walk_among_pictures_of_any_resolution(name, projector, logits):
+    """Of 4 or 5 views, and as many tokens as their padding leaves, each row's end among them."""
+    fields = {"num_layers": 1, "num_query_tokens": 9} if projector == "c_abstractor" else {}
+    chosen = ProjectorConfig(projector, 32, num_attention_heads=2, **fields)
+    vlm = build(name, projector=chosen, **ANYRES)
+    dice = np.random.default_rng(5)
+    # The first two are cut alike, and so have equal tokens.
+    shapes = ((30, 90, 3), (30, 90, 3), (12, 90, 3), (60, 60, 3))
+    pictures = [dice.integers(0, 256, shape, np.uint8) for shape in shapes]
+    counts = [len(vlm.project(vlm.look([one]))) for one in pictures]
+    assert counts[0] == counts[1] and len(set(counts)) == 3
+    walk(vlm, name, pictures, logits)
+
+
+def walk(vlm, name, pictures, logits):
+    """Conversations that grow, go back, branch and share pictures; every answer is that of a call
+    without a past, and is drawn from the same logits."""
     reuse = Reuse(vlm)
     dice = random.Random(name)
     chats: list[tuple[list, list]] = [([], [])]
@@ -200,7 +216,7 @@ def test_a_walk_of_turns_retries_and_edits_answers_as_fresh_calls_do(name, logit
         ]
         if not messages or dice.random() < 0.3:
             parts.insert(0, {"type": "image"})
-            images = [*images, picture(dice.randrange(3))]
+            images = [*images, dice.choice(pictures)]
         messages = [*messages, {"role": "user", "content": parts}]
         limit = dice.choice([1, 2, 9])
         reply = vlm.generate(messages, images, max_tokens=limit, reuse=reuse)
@@ -234,6 +250,46 @@ def test_states_that_cannot_be_cut_back_are_kept_where_they_will_be_wanted(name,
     retokenised = vlm.tokenize(turns, [picture(1)]).tokens[first.prompt_tokens :]
     if retokenised[: len(first.tokens)].tolist() == first.tokens:  # else the text is another
         assert more.reused_tokens == first.prompt_tokens + len(first.tokens)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_copy_and_its_original_do_not_write_into_each_other(name):
+    """mlx-lm assigns into its arrays, and whoever holds the same object sees it."""
+    lm = decoder(name).language
+
+    def read(caches, *ids):
+        return [np.array(lm(mx.array([[i]]), cache=caches)[0, -1]) for i in ids]
+
+    def state():
+        caches = make_caches(lm, KVSettings())
+        read(caches, *range(70, 110))
+        return caches
+
+    original = state()
+    copy = copied(original)
+    other = read(copy, 1, 2, 3)
+    for found, wanted in zip(read(original, 4, 5, 6), read(state(), 4, 5, 6), strict=True):
+        assert np.array_equal(found, wanted)
+    for found, wanted in zip([*other, *read(copy, 7)], read(state(), 1, 2, 3, 7), strict=True):
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [Picture, Features])
+def test_a_picture_of_the_same_views_that_is_cut_otherwise_is_another(kind):
+    """Black pictures, whose canvases and padding are black: their sizes alone tell them apart."""
+    vlm = build("llama", **ANYRES)
+    reuse = Reuse(vlm)
+    looked = vlm.look([np.zeros((height, 96, 3), np.uint8) for height in (32, 16)])
+    pictures = looked if kind is Picture else vlm.features(looked)
+    for one in pictures:
+        one.sha256 = None
+    tall, flat = pictures
+    assert all(np.array_equal(a, b) for a, b in zip(tall.views, flat.views, strict=True))
+    vlm.generate(ask("Why?"), [tall], max_tokens=3, reuse=reuse)
+    reply = vlm.generate(ask("Why?"), [flat], max_tokens=3, reuse=reuse)
+    # The tokens before the picture agree, and its own numbers do, but not what stands for them.
+    assert reply.reused_tokens < 16
+    assert reply.tokens == vlm.generate(ask("Why?"), [flat], max_tokens=3).tokens
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first():
@@ -295,6 +351,23 @@ def test_ctrl_c_in_the_middle_of_a_token_leaves_the_next_answer_right(name, afte
     fresh = vlm.generate(chat.messages[:-1], chat.pictures, max_tokens=8)
     assert reply.tokens == fresh.tokens
     assert reply.reused_tokens > 16
+
+
+def test_ctrl_c_in_the_encoder_leaves_what_was_known(work, monkeypatch):
+    vlm = decoder("llama")
+    chat = Conversation(vlm, max_tokens=8)
+    chat.add(picture(1))
+    before = list(chat.ask("What?"))[-1].reply
+    chat.add(picture(2))
+
+    def interrupted(self, pixels):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SiglipVision, "__call__", interrupted)
+        list(chat.ask("And this?"))
+    reply = list(chat.ask("And this?"))[-1].reply
+    assert reply.reused_tokens >= before.prompt_tokens and work["views"] == 2
 
 
 def test_interleaved_streams_leave_each_other_alone():

@@ -8,6 +8,7 @@ from tiny_vlm import tiny_config, tiny_tokenizer
 
 from mlxvlm.data.records import parse_record
 from mlxvlm.data.samples import prepare
+from mlxvlm.images.picture import Cut
 
 PLACE = {"image": 0, "token": 3}
 
@@ -17,7 +18,7 @@ def read(targets):
         (where, parse_record({"image": "a", "text": "red", "targets": each}, where))
         for where, each in (("bad", targets), ("good", {"ground": [PLACE | {"words": ["r"]}]}))
     ]
-    return prepare(rows, tiny_tokenizer(), tiny_config(), lambda *_: 1, 200, ["ground"])
+    return prepare(rows, tiny_tokenizer(), tiny_config(), lambda *_: Cut(1), 200, ["ground"])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from mlxvlm.data.buckets import collate, group
 from mlxvlm.data.records import Record
 from mlxvlm.data.samples import prepare
 from mlxvlm.errors import PromptError
+from mlxvlm.images.picture import Cut
 from mlxvlm.language.tokenizer import Tokenizer
 from mlxvlm.prompts import normalize_messages, render
 from mlxvlm.prompts.internvl import SYSTEM
@@ -90,7 +91,7 @@ def learnt(layout: str, messages: list, pictures: int) -> tuple[list[str], str]:
     tokenizer = LAYOUTS[layout][0]()
     config = tiny_config(prompt=PromptConfig(layout.split(" ")[0], image_token_id=IMAGE))
     record = Record([f"{n}.png" for n in range(pictures)], messages)
-    found, skipped = prepare([("row", record)], tokenizer, config, lambda name, among: 1, 4096)
+    found, skipped = prepare([("row", record)], tokenizer, config, lambda name, among: Cut(1), 4096)
     assert not skipped
     (sample,) = found
     edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.supervised, [0]])))

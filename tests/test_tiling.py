@@ -20,7 +20,7 @@ from mlxvlm.config import ModelConfig, TilingConfig, read_dataclass
 from mlxvlm.errors import ConfigError, PictureError
 from mlxvlm.images.dynamic import choose_grid
 from mlxvlm.images.open import UPRIGHT, open_picture, upright_size
-from mlxvlm.images.tiling import count_views, tile, tiles_each
+from mlxvlm.images.tiling import plan_cut, tile, tiles_each
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.weights.save import save
@@ -53,7 +53,7 @@ def test_grids_are_internvls(size):
         tiling = TilingConfig("dynamic", 448, max_tiles=most)
         assert choose_grid(size, tiling) == (columns, rows)
         image = Image.new("RGB", size)
-        assert count_views(image, tiling) == views
+        assert plan_cut(image, tiling).views == views
         assert choose_grid(size, TilingConfig("dynamic", 448), most) == (columns, rows)
 
 
@@ -83,7 +83,7 @@ def test_tiles_are_all_of_the_canvas_and_within_limits(width, height, most, leas
     limit = min(most, row or most)
     assert min(tiling.min_tiles, limit) <= rows * columns <= limit
     several = thumbnail and rows * columns > 1
-    assert len(found.views) == rows * columns + several == count_views(image, tiling, row)
+    assert len(found.views) == rows * columns + several == plan_cut(image, tiling, row).views
     assert all(v.shape == (8, 8, 3) and v.dtype == np.uint8 for v in found.views)
     canvas = np.array(image.resize((8 * columns, 8 * rows), Image.Resampling.BICUBIC))
     tiles = iter(found.views)

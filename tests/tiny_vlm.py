@@ -22,6 +22,22 @@ CONTROL = (
 IMAGE = 256 + CONTROL.index("<|image|>")
 EOT = 256 + CONTROL.index("<|eot_id|>")
 VOCAB = 272  # ten rows more than the tokenizer has ids
+# A decoder with a convolution: what only lfm2 asks for.
+LFM2: dict[str, Any] = {
+    "block_auto_adjust_ff_dim": False,
+    "block_dim": 64,
+    "block_ff_dim": 96,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 8,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "layer_types": ["conv", "full_attention"],
+    "max_position_embeddings": 512,
+    "norm_eps": 1e-5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e4,
+}
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxvlm.config import LoRAConfig, read_dataclass, read_json
+from mlxvlm.config import LoRAConfig, ModelConfig, read_dataclass, read_json
 from mlxvlm.durable import sync_path
 from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.language.lora import adapter_parameters, add_lora, add_vision_lora
@@ -53,7 +53,7 @@ def save_adapter(
     described = _described(config) if config else {}
     if vision:
         described["vision"] = _described(vision)
-    described["trained_on"] = _choices(vlm)
+    described["trained_on"] = _choices(vlm.config)
     weights: dict[str, dict[str, mx.array]] = {}
     if config:
         weights[ADAPTERS] = adapter_parameters(vlm.language)
@@ -84,12 +84,13 @@ def load_adapter(vlm: VLM, folder: str | Path) -> None:
     if not any((folder / name).is_file() for name in (ADAPTERS, VISION_ADAPTERS)):
         raise WeightsError(f"{folder} has no {ADAPTERS}; give the folder that `mlxvlm lora` wrote.")
     raw = read_json(folder / ADAPTER_CONFIG)
-    if theirs := raw.get("trained_on"):
+    if trained_on := raw.get("trained_on"):
+        # As configs, so that a field which they do not name yet is at its default.
+        theirs = _choices(ModelConfig.from_dict({**ModelConfig().to_dict(), **trained_on}))
         # The stage that made them may have laid pictures and prompts out in its own way.
-        resize, layout = theirs["tiling"].get("resize", ""), theirs["prompt"].get("layout", "")
-        vlm.config.override(resize, layout)
-        ours = _choices(vlm)
-        if other := sorted(name for name in ours if theirs.get(name) != ours[name]):
+        vlm.config.override(theirs["tiling"]["resize"], theirs["prompt"]["layout"])
+        ours = _choices(vlm.config)
+        if other := sorted(name for name in ours if theirs[name] != ours[name]):
             raise WeightsError(
                 f"the adapters in {folder} were trained on another model: its {', '.join(other)} "
                 "differ. Give the model that `mlxvlm lora` started from."
@@ -125,9 +126,9 @@ def _config(raw: dict[str, Any], folder: Path) -> LoRAConfig:
     return read_dataclass(LoRAConfig, {**parameters, "dora": kind == "dora"}, "lora_parameters")
 
 
-def _choices(vlm: VLM) -> dict[str, Any]:
+def _choices(config: ModelConfig) -> dict[str, Any]:
     """The five choices; adapters fit a model and its quantised copy alike."""
-    raw = json.loads(json.dumps(vlm.config.to_dict()))
+    raw = json.loads(json.dumps(config.to_dict()))
     return {name: raw[name] for name in ("tiling", "vision", "projector", "prompt", "language")}
 
 

@@ -71,11 +71,12 @@ def join(
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
+    merge = "spatial_unpad" if tiles.type == "anyres" else "flat"
     config = ModelConfig(
         tiling=tiles,
         vision=dataclasses.replace(tower, vision_use_head=False),
         projector=projector or ProjectorConfig(),
-        prompt=PromptConfig(layout=layout or layout_for(tokenizer)),
+        prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=merge),
         language=raw,
         about=about,
         refusal=refusal,

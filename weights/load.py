@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from mlxvlm.projectors.build import build_projector
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
-from mlxvlm.weights.families import clip, llava, native, siglip
+from mlxvlm.weights.families import clip, llava, llava_next, native, siglip
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
 from mlxvlm.weights.hub import Download, resolve, resolve_outline
 from mlxvlm.weights.tensors import fill, fit, parse_dtype, rename_quantization, stored_quantization
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava)
+WHOLE = (native, llava, llava_next)
 ENCODERS = (siglip, clip)
 Report = Callable[[Download], Any]
 
@@ -142,7 +143,8 @@ def load_projected(
     checkpoint = Checkpoint.open(folder)
     config = family.model(checkpoint)
     width = language_width(config.language)
-    projector = build_projector(config.projector, config.vision, width)
+    merged = config.prompt.merge == "spatial_unpad"
+    projector = build_projector(config.projector, config.vision, width, newline=merged)
     holder = _Holder(vision=build_vision(config.vision), projector=projector)
     fill(
         holder,
@@ -217,6 +219,9 @@ def encoder_configs(
         tiles = tiling
     elif tiling:
         fields = dict(tiling)
+        if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
+            own = ("image_size", "resize", "resample", "background")
+            tiles = TilingConfig(**{name: getattr(tiles, name) for name in own})
         if "resize" in fields and "background" not in fields:
             tiles = tiles.resized(fields.pop("resize"), config.image_mean)
         tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")
@@ -246,28 +251,30 @@ def choose_prompt(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> No
                 if tokenizer.chat_template:
                     break
     config.prompt.layout = layout_for(tokenizer)
+    # Of a language model alone such a template is Mistral's own, which LLaVA's differs from.
+    if any(text.strip().endswith("[INST] x [/INST]") for text in _asked(tokenizer)):
+        config.prompt.layout = "mistral"
 
 
 def layout_for(tokenizer: Tokenizer) -> str:
     """The prompt layout that a tokenizer's control tokens and template ask for."""
     if tokenizer.id("<|start_header_id|>") is not None:
         return "llama-3"
-    if tokenizer.chat_template is None or _speaks_as_vicuna(tokenizer):
+    said = _asked(tokenizer)
+    if tokenizer.chat_template is None or any(
+        "USER: x" in text and text.rstrip().endswith("ASSISTANT:") for text in said
+    ):
         return "vicuna_v1"
     return "chat_template"
 
 
-def _speaks_as_vicuna(tokenizer: Tokenizer) -> bool:
-    """Whether a template writes "USER: ... ASSISTANT:"; only its output tells, not its source."""
-    part = {"type": "text", "text": "x"}
+def _asked(tokenizer: Tokenizer) -> list[str]:
+    """What a template makes of a question; only its output tells how it speaks, not its source."""
+    part, said = {"type": "text", "text": "x"}, []
     for content in ("x", [part]):  # some templates read plain strings, LLaVA's own typed parts
-        try:
-            text = tokenizer.render([{"role": "user", "content": content}], True)
-        except PromptError:
-            continue
-        if "USER: x" in text and text.rstrip().endswith("ASSISTANT:"):
-            return True
-    return False
+        with suppress(PromptError):
+            said.append(tokenizer.render([{"role": "user", "content": content}], True))
+    return said
 
 
 def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] | None:
@@ -283,7 +290,7 @@ def _open_whole(
     checkpoint = opened(folder)
     config = model_config(checkpoint, family)
     tokenizer = Tokenizer.load(folder)
-    if family is llava:
+    if family in (llava, llava_next):
         choose_prompt(config, tokenizer, folder)
     return family, checkpoint, config, tokenizer
 

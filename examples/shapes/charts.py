@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 
 from examples.shapes.phrases import ABSENT, NOT_THERE
-from examples.shapes.qa import QA, absent, ground, make
+from examples.shapes.qa import QA, ground, make, some
 from examples.shapes.world import COLORS, NUMBERS, Scene
 
 
 def ask_bar_value(scene: Scene, rng: random.Random) -> QA | None:
     present = {bar.color: bar for bar in scene.bars}
-    if not present or rng.random() < 0.1:
-        color = absent(rng, sorted(COLORS), set(present))
-    else:
-        color = rng.choice(sorted(present))
+    color = some(rng, sorted(COLORS), present, 0.1)
     if color is None:
         return None
     found = [present[color]] if color in present else []

@@ -3,7 +3,7 @@
     DIR/images/000/000123.png   the pictures
     DIR/pretrain.jsonl          8 questions a picture, each its own row, one after the other; for
                                 each fifth picture a description and boxes instead
-    DIR/sft.jsonl               half as many pictures: chats of 4 turns, questions, descriptions
+    DIR/sft.jsonl               chats of 4 turns, questions, descriptions
     DIR/val.jsonl               single questions about pictures of the "progress" split
 
 A row's `targets` hold `ground` (what a key word refers to: for the hidden state over it), `follow`
@@ -18,14 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.shapes.drawing import draw, patch_items
 from examples.shapes.phrases import ABSENT
-from examples.shapes.qa import QA, in_one_word
+from examples.shapes.qa import QA, in_one_word, turns
 from examples.shapes.questions import ask_many, ask_one
+from examples.shapes.wording import loosely
 from examples.shapes.world import (
     CELL,
     PATCH,
@@ -40,6 +41,7 @@ SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
 BOXES = 3
 SHORT = 0.08  # of the single questions want one word
+LOOSE = 0.4  # of the questions in chats come as people put them
 EMPTY_PATCHES = 4
 
 
@@ -80,19 +82,16 @@ def align(scene: Scene) -> list[dict[str, Any]]:
     return found
 
 
-def row(image: str, qas: Iterable[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
+def row(image: str, qas: Sequence[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
     """One row: a chat of as many turns as there are questions."""
-    messages: list[dict[str, str]] = []
     targets: dict[str, Any] = {"ground": [], "follow": []}
-    for qa in qas:
+    for i, qa in enumerate(qas):
         for mark in qa.marks:
-            turn = len(messages) + mark.turn
+            turn = 2 * i + mark.turn
             targets[mark.target].append({"turn": turn, "end": mark.end, "words": mark.words})
-        messages.append({"role": "user", "content": qa.question})
-        messages.append({"role": "assistant", "content": qa.answer})
     if aligned is not None:
         targets["align"] = aligned
-    return {"image": image, "messages": messages, "targets": targets}
+    return {"image": image, "messages": turns(qas), "targets": targets}
 
 
 def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict]:
@@ -121,6 +120,7 @@ def chat_rows(scene: Scene, image: str) -> list[dict]:
         qa = ask_one(kind, scene, "chat")
         if qa is not None and qas and rng.random() < share:
             qas[rng.randrange(len(qas))] = qa
+    qas = [loosely(qa, rng) if rng.random() < LOOSE else qa for qa in qas]
     chats = [chat for chat in (qas[:4], qas[4:]) if chat]
     return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(chats)]
 
@@ -144,10 +144,9 @@ def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
                 (images / name).parent.mkdir(parents=True, exist_ok=True)
             draw(scene).save(images / name, compress_level=1)
             _dump((describe_rows if i % 5 == 4 else pretrain_rows)(scene, name), pretrain)
-            # Half of the second stage's pictures are chatted about; the others keep up the rest.
+            # Two of five pictures of the second stage are chatted about; others keep up the rest.
             make = (chat_rows, pretrain_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
-            if i % 2 == 0:
-                _dump(make(scene, name), sft)
+            _dump(make(scene, name), sft)
     with (out / "val.jsonl").open("w") as file:
         (images / "val").mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(scenes("progress", val)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -16,7 +17,7 @@ BASE = 91  # the chart's ground line, in pixels from the top
 UNIT = 10.5  # pixels per unit of height
 CAPITALS = 0.72  # height of Pillow's own font's capitals and digits, in units of its size
 # pictures/NAME.png: held-out scenes to talk about, drawn four times as large.
-SAMPLES = {"scene": 2_400_000_027, "chart": 2_400_000_020}
+SAMPLES = {"scene": 2_400_147_605, "chart": 2_400_000_317}
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:
@@ -70,6 +71,12 @@ def _ink(item: Print, scale: float, path: str | None = None) -> tuple[ImageFont.
     return font, font.getbbox(item.text)
 
 
+def text_width(item: Print, font: str | None = None) -> float:
+    """How wide the ink is, in pixels of the finished picture; `font` as in `draw`."""
+    x0, _, x1, _ = _ink(item, 4, font)[1]
+    return (x1 - x0) / 4
+
+
 def box(item: Thing | Print | Bar) -> Box:
     """x0, y0, x1, y1 of what is drawn, in pixels of the finished picture."""
     if isinstance(item, Bar):
@@ -106,9 +113,22 @@ def _paint(
         draw.text(at, item.text, font=face, fill=fill)  # type: ignore[arg-type]
 
 
-def _paper(scene: Scene, scale: int) -> Image.Image:
+def _widen(scene: Scene, aspect: float) -> Scene:
+    """Places, and bars, stretched to the sides; things and prints keep their form."""
+    return replace(
+        scene,
+        things=tuple(replace(thing, x=thing.x * aspect) for thing in scene.things),
+        prints=tuple(replace(text, x=text.x * aspect) for text in scene.prints),
+        bars=tuple(
+            replace(bar, left=bar.left * aspect, width=bar.width * aspect) for bar in scene.bars
+        ),
+    )
+
+
+def _paper(scene: Scene, scale: int, aspect: float) -> Image.Image:
     side = SIZE * scale
-    image = Image.new("RGB", (side, side), scene.paper)
+    width = round(SIZE * aspect)
+    image = Image.new("RGB", (width * scale, side), scene.paper)
     pen = ImageDraw.Draw(image)
     faint = tuple(c - 20 for c in scene.paper)
     pattern = scene.look.pattern
@@ -117,7 +137,8 @@ def _paper(scene: Scene, scale: int) -> Image.Image:
         return Image.fromarray(np.clip(np.asarray(image) * fall, 0, 255).astype(np.uint8))
     for v in range(8, SIZE, 8):
         if pattern in ("lined", "squared"):
-            pen.line((0, v * scale, side, v * scale), fill=faint, width=scale // SCALE)
+            pen.line((0, v * scale, width * scale, v * scale), fill=faint, width=scale // SCALE)
+    for v in range(8, width, 8):
         if pattern == "squared":
             pen.line((v * scale, 0, v * scale, side), fill=faint, width=scale // SCALE)
     return image
@@ -164,25 +185,30 @@ def _look(image: Image.Image, scene: Scene) -> Image.Image:
     return image
 
 
-def draw(scene: Scene, times: int = 1, font: str | None = None) -> Image.Image:
-    """The scene as an RGB picture of 96 x 96, or `times` as large; `font` is a file of another
-    typeface than the one that Pillow brings."""
+def draw(scene: Scene, times: int = 1, font: str | None = None, aspect: float = 1.0) -> Image.Image:
+    """The scene as an RGB picture of 96 x 96, or `times` as large.
+
+    font: a file of another typeface than the one that Pillow brings. aspect: the canvas is that
+    much wider than high (a texture stays square), each thing in the same ninth as ever.
+    """
     scale = SCALE * times
     if scene.kind == "texture":
         return _look(_texture(scene, SIZE * times), scene)
-    image = _paper(scene, scale)
+    scene = _widen(scene, aspect)
+    image = _paper(scene, scale, aspect)
     pen = ImageDraw.Draw(image)
     if scene.bars:
         faint = tuple(c - 26 for c in scene.paper)
+        left, right = 6 * aspect * scale, 94 * aspect * scale
         for unit in range(1, MAX_HEIGHT + 1):
             y = (BASE - unit * UNIT) * scale
-            pen.line((6 * scale, y, 94 * scale, y), fill=faint, width=times)
+            pen.line((left, y, right, y), fill=faint, width=times)
     for item in scene.bars or scene.items:
         _paint(pen, item, item.rgb, scale, font)
     if scene.bars:
         dark = (70, 70, 70)
-        pen.line((6 * scale, 3 * scale, 6 * scale, BASE * scale), fill=dark, width=scale)
-        pen.line((6 * scale, BASE * scale, 94 * scale, BASE * scale), fill=dark, width=scale)
+        pen.line((left, 3 * scale, left, BASE * scale), fill=dark, width=scale)
+        pen.line((left, BASE * scale, right, BASE * scale), fill=dark, width=scale)
     return _look(image.reduce(SCALE), scene)
 
 

@@ -15,10 +15,11 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -79,17 +80,16 @@ SEEN = 7  # groups that must be right for an item to count as seen; edges are re
 CLASSES = sum(len(group) for group in GROUPS)
 QUERIES = 9 + 5  # the picture's ninths, and the places of bars from left to right
 NONE_WEIGHT = 0.2
-PAGES = 0.4  # of the pictures: reading takes longest to learn
+PAGES = 0.3  # of the pictures: reading takes longest to learn
 IGNORE = -1  # the class of what is not asked
 
 
-class Teacher(nn.Module):
-    """The tower with its two throw-away heads: [N, S, S, 3] -> [N, patches + QUERIES, CLASSES]."""
+class Heads(nn.Module):
+    """The two throw-away heads: features [N, patches, D] -> [N, patches + QUERIES, CLASSES]."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         D = config.hidden_size
-        self.tower = SiglipVision(config)
         self.patch_head = nn.Linear(D, CLASSES)
         self.queries = mx.random.normal((QUERIES, D), scale=0.5)
         self.norm = nn.LayerNorm(D)
@@ -97,13 +97,24 @@ class Teacher(nn.Module):
         self.query_norm = nn.LayerNorm(D)
         self.query_head = nn.Linear(D, CLASSES)
 
-    def __call__(self, pixels: mx.array) -> mx.array:
-        x = self.tower(pixels)
+    def __call__(self, x: mx.array) -> mx.array:
         N, _, D = x.shape
         slots = mx.concatenate([mx.broadcast_to(self.queries, (N, QUERIES, D)), x], axis=1)
         slots = slots + self.attention(self.norm(slots))
         slots = self.query_head(self.query_norm(slots[:, :QUERIES]))
         return mx.concatenate([self.patch_head(x), slots], axis=1)
+
+
+class Teacher(nn.Module):
+    """The tower and its heads: pixels [N, S, S, 3] -> [N, patches + QUERIES, CLASSES]."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.tower = SiglipVision(config)
+        self.heads = Heads(config)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        return self.heads(self.tower(pixels))
 
 
 def classes(item: Thing | Print | Bar | None) -> list[int]:
@@ -140,14 +151,19 @@ def labels(scene: Scene) -> np.ndarray:
     return found
 
 
-def batch(scenes: list[Scene]) -> tuple[mx.array, mx.array]:
+def pixels(scenes: Sequence[Scene]) -> mx.array:
+    """The pictures of some scenes, normalised, [N, S, S, 3]."""
+    return mx.array(np.stack([np.asarray(draw(s)) for s in scenes]).astype(np.float32) / 127.5 - 1)
+
+
+def batch(scenes: Sequence[Scene]) -> tuple[mx.array, mx.array]:
     """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some scenes."""
-    pixels = np.stack([np.asarray(draw(scene)) for scene in scenes]).astype(np.float32)
-    return mx.array(pixels / 127.5 - 1), mx.array(np.stack([labels(scene) for scene in scenes]))
+    return pixels(scenes), mx.array(np.stack([labels(scene) for scene in scenes]))
 
 
-def loss(model: Teacher, pixels: mx.array, target: mx.array) -> mx.array:
-    logits = model(pixels)
+def loss(model: Teacher | Heads, shown: mx.array, target: mx.array) -> mx.array:
+    """Cross-entropy of all groups; `shown` is what the model takes, pixels or features."""
+    logits = model(shown)
     total, at = mx.array(0.0), 0
     for i, group in enumerate(GROUPS):
         wanted = target[..., i]
@@ -158,20 +174,22 @@ def loss(model: Teacher, pixels: mx.array, target: mx.array) -> mx.array:
     return total
 
 
-def accuracy(model: Teacher, split: str = "heldout", count: int = 256) -> dict[str, float]:
+def accuracy(
+    model: Callable[[mx.array], mx.array], split: str = "heldout", count: int = 256
+) -> dict[str, float]:
     """Shares of patches and slots that hold an item and are named right in every group, of edges
     within one step, and of scenes with all slots right."""
     guesses, targets = [], []
     source = seeds(split)
     ends = np.cumsum([len(group) for group in GROUPS])[:-1]
     for _ in range(0, count, 32):
-        pixels, target = batch([make_scene(next(source)) for _ in range(32)])
-        parts = np.split(np.array(model(pixels)), ends, axis=-1)
+        shown, target = batch([make_scene(next(source)) for _ in range(32)])
+        parts = np.split(np.array(model(shown)), ends, axis=-1)
         guesses.append(np.stack([part.argmax(-1) for part in parts], axis=-1))
         targets.append(np.array(target))
     guess, wanted = np.concatenate(guesses), np.concatenate(targets)
-    ok = np.array((guess == wanted)[..., :SEEN].all(-1))
-    held = np.array((wanted[..., :SEEN] > 0).any(-1))
+    ok = np.all((guess == wanted)[..., :SEEN], axis=-1)
+    held = np.any(wanted[..., :SEEN] > 0, axis=-1)
     near = abs(guess - wanted)[..., SEEN:-1] <= 1
     patches, slots = np.s_[:, :-QUERIES], np.s_[:, -QUERIES:]
     found = {
@@ -204,59 +222,86 @@ def page(seed: int) -> Scene:
     return replace(like, things=(), bars=(), prints=tuple(prints))
 
 
-def practice(start: int = 0) -> Iterator[Scene]:
-    """Training scenes, far from those of the chat, and pages."""
-    for seed in seeds("train", 500_000_000 + start):
-        yield page(seed) if random.Random(f"page? {seed}").random() < PAGES else make_scene(seed)
-
-
-def train(
-    model: Teacher, steps: int, batch_size: int, peak: float, start: int = 0
+def fit(
+    model: nn.Module,
+    loss: Callable[..., mx.array],
+    batches: Iterator[tuple[mx.array, ...]],
+    steps: int,
+    peak: float,
 ) -> Iterator[tuple[int, float]]:
-    """AdamW with a short warm-up and a cosine; every picture is new. Yields (step, loss)."""
+    """AdamW with a short warm-up and a cosine. Yields (step, loss)."""
     warm = min(60, max(1, steps // 10))
     schedule = optim.join_schedules(
-        [optim.linear_schedule(0.0, peak, warm), optim.cosine_decay(peak, steps - warm)], [warm]
+        [optim.linear_schedule(0.0, peak, warm), optim.cosine_decay(peak, max(1, steps - warm))],
+        [warm],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05)
     value_and_grad = nn.value_and_grad(model, loss)
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def update(pixels: mx.array, target: mx.array) -> mx.array:
-        value, grads = value_and_grad(model, pixels, target)
+    def update(*shown: mx.array) -> mx.array:
+        value, grads = value_and_grad(model, *shown)
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         optimizer.update(model, grads)
         return value
 
-    source = practice(start)
     for step in range(1, steps + 1):
-        value = update(*batch([next(source) for _ in range(batch_size)]))
+        value = update(*next(batches))
         mx.eval(state, value)
-        yield step, value.item()
+        yield step, float(value.item())  # type: ignore[arg-type]
 
 
-def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
-    """Writes the tower as the hub keeps a vision-only SigLIP: channels before rows and columns."""
-    out.mkdir(parents=True, exist_ok=True)
+def fresh_scenes(count: int, start: int = 500_000_000, pages: float = 0.0) -> Iterator[list[Scene]]:
+    """Batches of new scenes: the chat's training scenes start at 0, the tower's far from them.
+    pages: the share that are pages of print."""
+
+    def made(seed: int) -> Scene:
+        return page(seed) if random.Random(f"page? {seed}").random() < pages else make_scene(seed)
+
+    source = seeds("train", start)
+    while True:
+        yield [made(next(source)) for _ in range(count)]
+
+
+def report(steps: int, losses: Iterable[tuple[int, float]]) -> None:
+    """Prints each hundredth step, with a running mean of the loss."""
+    start, recent = time.perf_counter(), math.nan
+    for step, value in losses:
+        recent = value if math.isnan(recent) else 0.95 * recent + 0.05 * value
+        if step % 100 == 0 or step == steps:
+            seconds, cpu = time.perf_counter() - start, time.process_time()
+            spent = f"{seconds:.0f} s ({cpu:.0f} s of CPU)"
+            print(f"step {step}/{steps}  loss {recent:.3f}  {spent}", flush=True)
+
+
+def tower_tensors(tower: SiglipVision) -> dict[str, mx.array]:
+    """The tower's tensors as the hub keeps them: channels before rows and columns."""
     tensors: dict[str, mx.array] = {}
     parameters: dict[str, mx.array] = dict(tree_flatten(tower.parameters()))
     for name, value in parameters.items():
         if name == "embeddings.patch_embedding.weight":
             value = value.transpose(0, 3, 1, 2)
         tensors[f"vision_model.{name}"] = mx.contiguous(value)
-    mx.save_safetensors(str(out / "model.safetensors"), tensors, metadata={"format": "mlx"})
+    return tensors
+
+
+def tower_config(config: VisionConfig) -> dict[str, Any]:
+    """A SigLIP tower's `vision_config`, under the hub's names."""
     fields = (
         "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels "
         "image_size patch_size layer_norm_eps hidden_act"
     )
-    raw = {name: getattr(config, name) for name in fields.split()}
-    raw = {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        **raw,
-        "vision_use_head": False,
-    }
+    named = {name: getattr(config, name) for name in fields.split()}
+    return {"model_type": "siglip_vision_model", **named}
+
+
+def write_folder(
+    out: Path, tensors: dict[str, mx.array], raw: dict[str, Any], config: VisionConfig
+) -> None:
+    """Writes tensors, config.json and how pictures are prepared."""
+    out.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(out / "model.safetensors"), tensors, metadata={"format": "mlx"})
     (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     processor = {
         "image_processor_type": "SiglipImageProcessor",
@@ -272,23 +317,29 @@ def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
     (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
+def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
+    """Writes the tower as the hub keeps a vision-only SigLIP."""
+    raw = {
+        "architectures": ["SiglipVisionModel"],
+        **tower_config(config),
+        "vision_use_head": False,
+    }
+    write_folder(out, tower_tensors(tower), raw, config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-trains the small SigLIP tower.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000, help="0 leaves the tower untrained")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--eval", type=int, default=256, help="held-out scenes at the end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     mx.random.seed(args.seed)
     model = Teacher(CONFIG)
-    start, recent = time.perf_counter(), math.nan
-    for step, value in train(model, args.steps, args.batch_size, args.learning_rate):
-        recent = value if math.isnan(recent) else 0.95 * recent + 0.05 * value
-        if step % 100 == 0 or step == args.steps:
-            seconds = time.perf_counter() - start
-            print(f"step {step}/{args.steps}  loss {recent:.3f}  {seconds:.0f} s", flush=True)
+    batches = (batch(scenes) for scenes in fresh_scenes(args.batch_size, pages=PAGES))
+    report(args.steps, fit(model, loss, batches, args.steps, args.learning_rate))
     save(model.tower, CONFIG, args.out)
     for name, share in accuracy(model, count=args.eval).items():
         print(f"held-out {name}: {100 * share:.1f} %")

@@ -19,8 +19,9 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -29,12 +30,19 @@ from PIL import Image
 import mlxvlm
 from examples.shapes.drawing import draw
 from examples.shapes.exam import BLIND_SCENES, blind_guesses, exam, take, wilson
-from examples.shapes.qa import QA
-from examples.shapes.questions import SCORED
-from examples.shapes.world import Scene
+from examples.shapes.qa import QA, turns
+from examples.shapes.questions import SCORED, ask_many
+from examples.shapes.world import Scene, make_scene, seeds
 from mlxvlm.boxes import parse
+from mlxvlm.language.forward import head, hidden_states
+from mlxvlm.language.prefix import BranchCache, PrefixCache, prefix_caches
+from mlxvlm.merge import visual_tokens
+from mlxvlm.prompts import Prompt, normalize_messages, render_many
 
-Draw = Callable[[Scene], Image.Image]
+# A scene to anything that the model opens as a picture.
+Draw = Callable[[Scene], Image.Image | Path]
+# A question, or a chat, which is right if all of its answers are.
+Asked = QA | Sequence[QA]
 
 
 @dataclass
@@ -64,38 +72,98 @@ def features(
     return found
 
 
-def messages(qas: Iterable[QA]) -> list[dict[str, str]]:
-    turns = []
-    for qa in qas:
-        turns.append({"role": "user", "content": qa.question})
-        turns.append({"role": "assistant", "content": qa.answer})
-    return turns
+class Verdict(NamedTuple):
+    """Whether greedy decoding answers exactly right, and the token that it begins with."""
+
+    right: bool
+    first: int
 
 
-def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64) -> list[bool]:
+class _Branches(BranchCache):
+    """As its parent, for rows of which each says by number what it goes on from."""
+
+    def __init__(self, prefix: PrefixCache, which: mx.array):
+        super().__init__(prefix, 1)
+        self.which = which
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        shared = self.prefix.keys[self.which], self.prefix.values[self.which]
+        return mx.concatenate([shared[0], keys], axis=2), mx.concatenate(
+            [shared[1], values], axis=2
+        )
+
+
+def verdicts(
+    vlm: Any, asked: Sequence[tuple[Any, Asked]], batch: int = 64, pictures: int = 32
+) -> list[Verdict]:
+    """What greedy decoding makes of each (features, question or chat).
+
+    Questions about one picture share its computation: they all begin with it.
+    """
+    prompts = tokenized(vlm, asked)
+    # Beginnings of one length go together: what stands before the questions, pictures included.
+    begins: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, prompt in enumerate(prompts):
+        begins[sum(prompt.slots[-1])][id(asked[i][0])].append(i)
+    found: dict[int, Verdict] = {}
+    for begin, about in begins.items():
+        groups = list(about.values())
+        for start in range(0, len(groups), pictures):
+            some = groups[start : start + pictures]
+            firsts = [group[0] for group in some]
+            visual = vlm.project([asked[i][0] for i in firsts])
+            shared = np.stack([prompts[i].tokens[:begin] for i in firsts])
+            caches = prefix_caches(vlm.language)
+            mx.eval(hidden_states(vlm.language, vlm.splice(shared, visual), caches)[0])
+            rows = [(i, which) for which, group in enumerate(some) for i in group]
+            rows.sort(key=lambda row: len(prompts[row[0]]))
+            for at in range(0, len(rows), batch):
+                part = rows[at : at + batch]
+                which = np.array([which for _, which in part], np.int32)
+                if any((prompts[i].tokens[:begin] != shared[line]).any() for i, line in part):
+                    raise ValueError("questions about one picture must begin alike.")
+                branches = [_Branches(cache, mx.array(which)) for cache in caches]
+                said = _verdicts(vlm, [prompts[i] for i, _ in part], branches, begin)
+                found.update(zip((i for i, _ in part), said, strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def tokenized(vlm: Any, asked: Sequence[tuple[Any, Asked]]) -> list[Prompt]:
+    """Tokens of each (features, question or chat) with its right answers, all in one go."""
+    rows = []
+    for picture, qa in asked:
+        parts, _ = normalize_messages(turns([qa] if isinstance(qa, QA) else qa), [picture])
+        rows.append((parts, [visual_tokens(vlm.config, picture.cut)]))
+    return render_many(rows, vlm.tokenizer, vlm.config.prompt, False)
+
+
+def _verdicts(
+    vlm: Any, prompts: Sequence[Prompt], branches: list[_Branches], begin: int
+) -> list[Verdict]:
+    """Verdicts of prompts whose first `begin` tokens the branches hold."""
+    length = max(len(prompt) for prompt in prompts) - begin
+    tokens = np.zeros((len(prompts), length), np.int32)
+    answer = np.zeros((len(prompts), length), bool)
+    for line, prompt in enumerate(prompts):
+        tokens[line, : len(prompt) - begin] = prompt.tokens[begin:]
+        answer[line, : len(prompt) - begin] = prompt.supervised[begin:]
+    hidden, _ = hidden_states(vlm.language, vlm.splice(tokens, None), branches)
+    # Each token is foretold by the one before it; a question stands before each answer.
+    places = np.flatnonzero(answer[:, 1:])
+    before = hidden[:, :-1].reshape(-1, hidden.shape[-1])[mx.array(places.astype(np.int32))]
+    logits = head(vlm.language, before).astype(mx.float32)
+    # The image token is never sampled.
+    keep = mx.arange(logits.shape[-1]) != vlm.config.prompt.image_token_id
+    guess = np.array(mx.where(keep, logits, -mx.inf).argmax(-1))
+    same = guess == tokens[:, 1:].reshape(-1)[places]
+    starts = np.searchsorted(places // (length - 1), np.arange(len(prompts)))
+    right = np.logical_and.reduceat(same, starts)
+    return [Verdict(bool(ok), int(guess[at])) for ok, at in zip(right, starts, strict=True)]
+
+
+def right_answers(vlm: Any, asked: Sequence[tuple[Any, Asked]]) -> list[bool]:
     """Whether greedy decoding answers each (features, question) exactly right."""
-    return right_chats(vlm, [(picture, [qa]) for picture, qa in asked], batch)
-
-
-def right_chats(vlm: Any, asked: Sequence[tuple[Any, Sequence[QA]]], batch: int = 64) -> list[bool]:
-    """Whether it answers every turn of each (features, chat) right."""
-    prompts = [vlm.tokenize(messages(qas), [picture]) for picture, qas in asked]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    verdict = [False] * len(prompts)
-    image_token = vlm.config.prompt.image_token_id
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        tokens = np.zeros((len(part), max(len(prompts[i].tokens) for i in part)), np.int32)
-        for line, i in enumerate(part):
-            tokens[line, : len(prompts[i].tokens)] = prompts[i].tokens
-        logits = vlm(tokens, [picture for i in part for picture in prompts[i].pictures])
-        # The image token is never sampled.
-        keep = mx.arange(logits.shape[-1]) != image_token
-        guess = np.array(mx.where(keep, logits.astype(mx.float32), -mx.inf).argmax(-1))
-        for line, i in enumerate(part):
-            where = np.flatnonzero(prompts[i].supervised)
-            verdict[i] = bool((guess[line, where - 1] == tokens[line, where]).all())
-    return verdict
+    return [verdict.right for verdict in verdicts(vlm, asked)]
 
 
 def overlap(said: str, wanted: str) -> float:
@@ -168,6 +236,15 @@ def measure_boxes(vlm: Any, split: str, count: int, render: Draw = draw) -> dict
     }
 
 
+def measure_refusals(vlm: Any, split: str, count: int) -> dict[str, int]:
+    """How often questions about pictures with nothing drawn in them are refused as they should."""
+    textures = (s for s in map(make_scene, seeds(split)) if s.kind == "texture")
+    asked = [(scene, ask_many(scene, 1, "exam")[0]) for scene in islice(textures, count)]
+    seen = features(vlm, (scene for scene, _ in asked))
+    verdicts = right_answers(vlm, [(seen[scene.seed], qa) for scene, qa in asked])
+    return {"asked": len(verdicts), "refused": sum(verdicts)}
+
+
 def measure_generated(vlm: Any, split: str, each: int) -> dict[str, int]:
     """Generates answers for real and compares with what the one pass said of them."""
     asked = take(split, each, SCORED)
@@ -186,7 +263,7 @@ def measure_chats(vlm: Any, split: str, count: int, turns: int = 4) -> dict[str,
     """Chats of several turns, generated, the model's own answers standing in them: hits by turn."""
     right = [0] * turns
     chats = 0
-    for scene in {scene.seed: scene for scene, _ in take(split, 2 * count, ("at",))}.values():
+    for scene in {scene.seed: scene for scene, _ in take(split, 2 * count, ("describe",))}.values():
         qas = exam(scene, SCORED, "chats")
         if len(qas) < turns or chats == count:
             continue
@@ -231,15 +308,19 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=500, help="questions of each kind")
     parser.add_argument("--blind-scenes", type=int, default=BLIND_SCENES)
     parser.add_argument("--boxes", type=int, default=500, help="boxes to generate")
+    parser.add_argument("--refusals", type=int, default=200, help="pictures of nothing drawn")
     parser.add_argument("--generate", type=int, default=5, help="answers of each kind to generate")
     parser.add_argument("--chats", type=int, default=100, help="chats of four turns to generate")
     parser.add_argument("--out", type=Path, help="also write the result as JSON to this file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
-    vlm = mlxvlm.load(args.model)
+    # float16 is how the model is shipped; what a CPU computes quickly in is float32.
+    vlm = mlxvlm.load(args.model, dtype="float32")
     result = measure(vlm, args.split, args.each, args.blind_scenes)
     if args.boxes:
         result["boxes"] = measure_boxes(vlm, args.split, args.boxes)
+    if args.refusals:
+        result["refusals"] = measure_refusals(vlm, args.split, args.refusals)
     if args.generate:
         result["generated"] = measure_generated(vlm, args.split, args.generate)
     if args.chats:
@@ -254,6 +335,9 @@ def main() -> None:
         boxes = result["boxes"]
         print(f"\n{boxes['asked']} boxes: mean IoU {boxes['mean_iou']:.3f},", end=" ")
         print(f"{100 * boxes['at_least_half']:.1f}% with 0.5 and more.")
+    if args.refusals:
+        told = result["refusals"]
+        print(f"Pictures of nothing drawn: {told['refused']} of {told['asked']} refused.")
     if args.generate:
         made = result["generated"]
         print(f"\nGenerated for real: {made['right']} of {made['asked']} right,", end=" ")

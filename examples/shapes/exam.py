@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from examples.shapes.qa import QA
 from examples.shapes.questions import SCORED, ask_one
@@ -19,7 +19,7 @@ def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, zz = right / asked, z * z / asked
     middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / asked + zz / asked / 4)
-    return (middle - half) / (1 + zz), (middle + half) / (1 + zz)
+    return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
 
 
 def asks(scene: Scene, kind: str) -> bool:
@@ -39,8 +39,16 @@ def exam(scene: Scene, kinds: Sequence[str] = (*SCORED, "box"), salt: str = "exa
     return [qa for qa in found if qa is not None]
 
 
-def take(split: str, each: int, kinds: Sequence[str] = (*SCORED, "box")) -> list[tuple[Scene, QA]]:
-    """`each` questions of every kind about the split's first scenes, no two of a kind about one."""
+def take(
+    split: str,
+    each: int,
+    kinds: Sequence[str] = (*SCORED, "box"),
+    keep: Callable[[Scene, QA], bool] = lambda scene, qa: True,
+) -> list[tuple[Scene, QA]]:
+    """`each` questions of every kind about the split's first scenes, no two of a kind about one.
+
+    keep: which of the questions count.
+    """
     missing = dict.fromkeys(kinds, each)
     found = []
     for seed in seeds(split):
@@ -49,6 +57,8 @@ def take(split: str, each: int, kinds: Sequence[str] = (*SCORED, "box")) -> list
             return found
         scene = make_scene(seed)
         for qa in exam(scene, left):
+            if not keep(scene, qa):
+                continue
             missing[qa.kind] -= 1
             found.append((scene, qa))
     return found

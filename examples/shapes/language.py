@@ -22,16 +22,16 @@ from mlxvlm.language.load import build_language
 KEYS_FROM_QUERIES = 1.5
 
 
-def config(vocab_size: int, bos: int, eos: list[int], width: int = 160, layers: int = 5) -> dict:
-    """config.json, under Hugging Face's names; `width` in whole heads of 32."""
+def config(vocab_size: int, bos: int, eos: list[int]) -> dict:
+    """config.json, under Hugging Face's names."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": 32 * round(2.6 * width / 32),
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 32,
-        "num_key_value_heads": width // 32,
+        "hidden_size": 160,
+        "intermediate_size": 416,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
         "head_dim": 32,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
@@ -56,23 +56,18 @@ def weights(raw: dict) -> dict[str, mx.array]:
     return found
 
 
-def save(
-    out: Path,
-    seed: int = 0,
-    width: int = 160,
-    layers: int = 5,
-    tokenizer: Tokenizer | None = None,
-) -> int:
+def save(out: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **changes: int) -> int:
     """Writes the folder; the number of tokens in the vocabulary.
 
-    tokenizer: one with the same `CONTROLS`, instead of the drawn world's.
+    tokenizer: one with the same `CONTROLS`, instead of the drawn world's. `changes` are to the
+    config.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or build()
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     vocab = tokenizer.get_vocab()
     bos, end, *_, eot, _ = (vocab[name] for name in CONTROLS)
-    raw = config(tokenizer.get_vocab_size(), bos, [end, eot], width, layers)
+    raw = config(tokenizer.get_vocab_size(), bos, [end, eot]) | changes
     for name, value in (("config.json", raw), ("tokenizer_config.json", tokenizer_config())):
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     mx.random.seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from examples.shapes.phrases import NOT_THERE
-from examples.shapes.qa import QA, absent, ground, make
+from examples.shapes.qa import QA, ground, make, some
 from examples.shapes.world import INKS, Scene
 
 
@@ -29,13 +29,10 @@ def ask_word(scene: Scene, rng: random.Random) -> QA | None:
 def ask_text(scene: Scene, rng: random.Random) -> QA | None:
     """What is printed in one colour."""
     inks = {p.color: p for p in scene.prints}
-    if not inks or rng.random() < 0.12:
-        color, found = absent(rng, INKS, set(inks)), []
-    else:
-        color = rng.choice(sorted(inks))
-        found = [inks[color]]
+    color = some(rng, INKS, inks, 0.12)
     if color is None:
         return None
+    found = [inks[color]] if color in inks else []
     said = f"says {found[0].text}" if found else f"is {NOT_THERE}"
     answer = f"The {color}| text {said}."
     return make("text", f"text {color}", rng, answer, [ground(found)], color=color)

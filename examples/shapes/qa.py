@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from examples.shapes.phrases import ABSENT, ASKS, IN_ONE_WORD, NOT_THERE, PLURALS, plural
 from examples.shapes.world import NUMBERS, Bar, Print, Thing
@@ -32,13 +32,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class QA:
-    """A question, its only answer, and the marks; `ask` is the question with its phrasing gone."""
+    """A question, its only answer, and the marks; `ask` is the question with its phrasing gone.
+
+    template, slots: where in `ASKS` the phrasing stands, and what was put into it.
+    """
 
     kind: str
     ask: str
     question: str
     answer: str
     marks: tuple[Mark, ...] = ()
+    template: str = ""
+    slots: Mapping[str, str] = field(default_factory=dict)
 
 
 def ground(items: Sequence[Thing | Print | Bar], number: int | None = None) -> Words:
@@ -92,7 +97,8 @@ def make(
     **slots: str,
 ) -> QA:
     """words: of the answer's marks, in order; asked: of the question's, the same by default."""
-    text = rng.choice(ASKS[template or kind])
+    template = template or kind
+    text = rng.choice(ASKS[template])
     text = text.format(
         picture=rng.choice(("picture", "image")), colour=rng.choice(("colour", "color")), **slots
     )
@@ -102,7 +108,7 @@ def make(
         text = text.rstrip("?.")
     question, first = lift(text, 0, words if asked is None else asked)
     answer, then = lift(answer, 1, words)
-    return QA(kind, ask, question, answer, (*first, *then))
+    return QA(kind, ask, question, answer, (*first, *then), template, slots)
 
 
 def once(items: Sequence, name: str) -> list:
@@ -115,6 +121,24 @@ def absent(rng: random.Random, all_of: Sequence[str], present: set[str]) -> str 
     """One of `all_of` that is not present."""
     left = [word for word in all_of if word not in present]
     return rng.choice(left) if left else None
+
+
+def some(
+    rng: random.Random, all_of: Sequence[str], present: Collection[str], missing: float
+) -> str | None:
+    """One that is present; in the share `missing`, and where none is, one that is not."""
+    if not present or rng.random() < missing:
+        return absent(rng, all_of, set(present))
+    return rng.choice(sorted(present))
+
+
+def turns(qas: Sequence[QA]) -> list[dict[str, str]]:
+    """The messages of a chat that asks and answers all of them."""
+    found = []
+    for qa in qas:
+        found.append({"role": "user", "content": qa.question})
+        found.append({"role": "assistant", "content": qa.answer})
+    return found
 
 
 def in_one_word(qa: QA) -> QA | None:

@@ -21,13 +21,15 @@ def offset(side: str, a: Item, b: Item) -> float:
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
-    """Whether, or on which side, one named thing stands of another."""
+    """Whether, or on which side, one named thing stands of another, in another third."""
     if len(scene.things) < 2:
         return None
     a, b = rng.sample(scene.things, 2)
     names = [unique_name(thing, scene.things, rng) for thing in (a, b)]
     side = rng.choice(SIDES)
-    if None in names or abs(offset(side, a, b)) < APART:
+    across = side in ("left of", "right of")
+    same = a.column == b.column if across else a.row == b.row
+    if None in names or same or abs(offset(side, a, b)) < APART:
         return None
     slots = {"a": str(names[0]), "b": str(names[1])}
     words = [ground([a]), ground([b])]

@@ -1,6 +1,6 @@
 """Makes the demo model from nothing: every stage is one command, and this runs them in order.
 
-python -m examples.shapes.run --out runs/shapes             # all stages: 40 minutes of one core
+python -m examples.shapes.run --out runs/shapes             # all stages: some 2 hours of one core
 python -m examples.shapes.run --out runs/shapes --from sft  # again from one stage on
 python -m examples.shapes.run --out /tmp/toy --tiny         # toy length: that everything runs
 
@@ -85,11 +85,11 @@ def run(stage: str, command: list[str]) -> None:
 
 
 def ship(model: Path, to: Path) -> None:
-    """Copies a result without its run's metrics and checkpoints."""
+    """Copies a result in float16, without its run's metrics and checkpoints."""
     import mlxvlm
     from mlxvlm.weights.save import save
 
-    save(mlxvlm.load(model), to)
+    save(mlxvlm.load(model, dtype="float16"), to)
     total = sum(file.stat().st_size for file in to.iterdir())
     print(f"{to}: {total / 1e6:.2f} MB")
 

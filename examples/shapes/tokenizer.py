@@ -7,7 +7,7 @@ merges exist only for the stems of plurals, " circle" + "s". Any other text fall
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -40,8 +40,8 @@ SPACE = "\u0120"  # how byte-level BPE writes " "
 NEWLINE = "\u010a"
 
 
-def build() -> Tokenizer:
-    """The tokenizer; ids are a function of the vocabulary's sorted words."""
+def build(extra: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer; ids are a function of the vocabulary's sorted words, then the extra ones."""
     merges: list[tuple[str, str]] = [(NEWLINE, NEWLINE), ("e", "s")]
     for stem in PLURALS:
         # Chains start at the space, which no other word of a text can hold: nothing cuts in.
@@ -57,6 +57,7 @@ def build() -> Tokenizer:
         entries += [form.format(word, word.capitalize()) for word in words]
     entries += printed() + [SPACE + text for text in printed() if text.isalpha()]
     entries += [SPACE + "[", "]."]  # around a box
+    entries += [form for word in extra for form in (word, SPACE + word)]
     vocab: dict[str, int] = {}
     for entry in entries:
         vocab.setdefault(entry, len(vocab))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..images.picture import Cut
 from .codecs import Codec
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class PackedFeatures:
     grid: tuple[int, int]
     size: tuple[int, int] | None
     sha256: str
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(len(self.records), self.grid, self.size)
 
     def decode(self) -> list[np.ndarray]:
         """float32 [tokens, width] of each view, by NumPy."""

@@ -18,7 +18,7 @@ from .records import OpenShards
 from .verify import Problem, lost_names, verify_shards
 
 if TYPE_CHECKING:
-    from ..images.picture import Features
+    from ..images.picture import Cut, Features
     from .codecs import Codec
     from .packed import PackedFeatures
 
@@ -122,9 +122,12 @@ class EmbeddingCache:
         shapes = [view.shape for view in row.views]
         return PackedFeatures(codec, records, shapes, row.grid, row.size, row.sha256)
 
-    def num_views(self, key: str | Path, plan: str = PLAN) -> int:
-        """How many views a picture has under a tiling plan, without reading them."""
-        return len(self._found(str(key), plan)[1].views)
+    def cut(self, key: str | Path, plan: str = PLAN) -> Cut:
+        """How a picture is cut under a tiling plan, without reading its views."""
+        from ..images.picture import Cut
+
+        row = self._found(str(key), plan)[1]
+        return Cut(len(row.views), row.grid, row.size)
 
     def sha256_of(self, key: str | Path) -> str:
         """The content of the picture that a name stands for."""

@@ -52,7 +52,6 @@ class Batching:
     pack_length: int = 0
     pack_views: int = 0
     by_modality: bool = False
-    tokens_per_view: int = 1
     seed: int = 0
     width: int = 4096
     packable: Callable[[], int] = lambda: PACK_LIMIT
@@ -89,10 +88,10 @@ class Decision:
 class Rows:
     """The rows of a run as numbers: what batching needs to know of them."""
 
-    def __init__(self, groups: Sequence[Group], tokens_per_view: int):
+    def __init__(self, groups: Sequence[Group]):
         self.groups = groups
         self.lengths = [one.length for one in groups]
-        self.views = [one.rows[0].num_visual // tokens_per_view for one in groups]
+        self.views = [one.rows[0].num_views for one in groups]
 
     def weigh(self, batches: Sequence[MicroBatch], want: Batching) -> tuple[float, float]:
         """The share of positions that no row fills, and what all of them cost."""
@@ -122,7 +121,7 @@ class Plan:
     """The micro-batches of any epoch, once `decision` says how rows meet."""
 
     def __init__(self, groups: Sequence[Group], want: Batching):
-        self.rows, self.want = Rows(groups, want.tokens_per_view), want
+        self.rows, self.want = Rows(groups), want
         self._epoch: Callable[[int], list[MicroBatch]] = partial(_buckets, self.rows, want)
         self._made: tuple[int, list[MicroBatch]] = (0, self._epoch(0))
         share, cost = self.rows.weigh(self._made[1], want)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..attention import SHORT_QUERIES
+from ..images.picture import Cut
 from .samples import Sample
 
 # A predicted position count is padded to a multiple of this, for the same reason.
@@ -43,12 +44,14 @@ class Batch:
     """One micro-batch. labels [S] follow the positions in `predict` [S]; weights [S] are
     `label_weight` of their rows, 0 for padding.
 
-    segments: for packed lines, int32 like `tokens`: which positions of a line are of one row.
+    cuts: of each of the `images`. segments: for packed lines, int32 like `tokens`: which positions
+    of a line are of one row.
     """
 
     prefix: np.ndarray | None
     tokens: np.ndarray
     images: list[str]
+    cuts: list[Cut]
     predict: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
@@ -174,6 +177,7 @@ def collate(groups: Sequence[Group], length_multiple: int, loss: str = "token") 
         prefix=prefix,
         tokens=tokens,
         images=[name for g in groups for name in g.rows[0].images],
+        cuts=[cut for g in groups for cut in g.rows[0].cuts],
         num_tokens=sum(g.num_tokens for g in groups),
         rows=sum(len(g.rows) for g in groups),
     )

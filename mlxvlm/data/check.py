@@ -133,7 +133,7 @@ def look_at(
         shelf = pictures[source]
         try:
             if shelf.cache is not None:
-                return shelf.count_views(name, among), None
+                return shelf.cut(name, among).views, None
             if fast:
                 return 0, _header(shelf, name)
             found = shelf.get(name, among)

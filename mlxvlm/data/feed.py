@@ -21,8 +21,8 @@ import numpy as np
 from ..cache.format import plan_of
 from ..cache.packed import PackedFeatures, unpack
 from ..errors import DataError, PictureError, VLMError
-from ..images.picture import Features, Picture
-from ..images.tiling import count_views
+from ..images.picture import Cut, Features, Picture
+from ..images.tiling import plan_cut
 from .augment import Augmentation
 from .batching import Batching, MicroBatch, Plan
 from .buckets import Batch, Group, collate, group
@@ -61,10 +61,10 @@ class Pictures:
         self.augment, self.pixels = augment, pixels
         self.packed = mx.default_device() == mx.gpu
 
-    def count_views(self, name: str, among: int = 1) -> int:
-        """Views of one of `among` pictures of a row, without reading pixels unless it must."""
+    def cut(self, name: str, among: int = 1) -> Cut:
+        """How one of `among` pictures of a row is cut, without reading pixels unless it must."""
         if self.cache is not None:
-            return self.cache.num_views(name, plan_of(self.limit(among)))
+            return self.cache.cut(name, plan_of(self.limit(among)))
         origin = self.find(name)
         if isinstance(origin, Path) and not origin.is_file():
             what = "is no file" if origin.exists() else "does not exist"
@@ -75,11 +75,11 @@ class Pictures:
         assert self.encoder is not None
         tiling = self.encoder.tiling
         if tiling.type == "single":
-            return 1
+            return Cut(1)
         if isinstance(origin, Path):
-            return count_views(origin, tiling, self.limit(among))
+            return plan_cut(origin, tiling, self.limit(among))
         with _reading(name, origin):
-            return count_views(read_bytes(origin)[0], tiling, self.limit(among))
+            return plan_cut(read_bytes(origin)[0], tiling, self.limit(among))
 
     def get(self, name: str, among: int = 1) -> Picture | Features | PackedFeatures:
         """What the model takes of one of `among` pictures of a row."""
@@ -93,6 +93,15 @@ class Pictures:
         """What the model takes of a row's pictures. time: (seed, epoch), where it is for training
         and so may be augmented."""
         found: list[Any] = [self.get(name, len(row.images)) for name in row.images]
+        for name, picture, cut in zip(row.images, found, row.cuts, strict=False):
+            # A single view is planned without a look at the picture's size.
+            if picture.cut != (cut if cut.size else cut._replace(size=picture.size)):
+                raise DataError(
+                    f"picture {name} has changed since its row was read: its places are for "
+                    f"{cut.views} views of a picture of size {cut.size}, and it has "
+                    f"{picture.cut.views} of {picture.size}.",
+                    kind="picture",
+                )
         if self.augment is None or time is None:
             return found
         return [self.augment(one, (*time, row.where, at)) for at, one in enumerate(found)]

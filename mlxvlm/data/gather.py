@@ -130,7 +130,7 @@ def read_source(
         rows,
         reading.tokenizer,
         reading.config,
-        pictures.count_views,
+        pictures.cut,
         reading.max_seq_length,
         tuple(reading.targets),
         number,

@@ -111,6 +111,7 @@ def collate_lines(lines: Sequence[Sequence[Sample]], length: int, loss: str = "t
         prefix=None,
         tokens=tokens,
         images=[name for rows in lines for row in rows for name in row.images],
+        cuts=[cut for rows in lines for row in rows for cut in row.cuts],
         num_tokens=sum(row.length for rows in lines for row in rows),
         rows=sum(len(rows) for rows in lines),
         segments=segments,

@@ -6,7 +6,8 @@
     preprocess.py  an RGB image -> a view, as SigLIP, CLIP and LLaVA-1.5 make it
     tiling.py      an RGB image -> the views that a `TilingConfig` asks for
     dynamic.py     InternVL's tiles
-    picture.py     `Picture` and `Features`
+    anyres.py      LLaVA-NeXT's and LLaVA-1.5-HD's
+    picture.py     `Picture`, `Features`, and how a picture is cut into views
 
 Nothing here touches MLX: worker threads may run all of it.
 """

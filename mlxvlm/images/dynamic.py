@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..config import TilingConfig
 from . import preprocess
+from .picture import Cut
 
 
 def cut(
@@ -31,18 +32,17 @@ def cut(
     side, resample = tiling.image_size, tiling.resample
     columns, rows = choose_grid(image.size, tiling, max_tiles)
     canvas = preprocess.stretch(image, columns * side, rows * side, resample)
-    # [rows, side, columns, side, 3] -> [rows * columns, side, side, 3]
-    tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    views = list(tiles)
+    views = preprocess.tiles(canvas, side)
     if _with_thumbnail(len(views), tiling):
         views.append(preprocess.squash(image, side, resample))
     return views, (rows, columns)
 
 
-def count(size: tuple[int, int], tiling: TilingConfig, max_tiles: int | None) -> int:
-    """Views of a picture of (width, height), its thumbnail among them."""
-    tiles = math.prod(choose_grid(size, tiling, max_tiles))
-    return tiles + _with_thumbnail(tiles, tiling)
+def plan(size: tuple[int, int], tiling: TilingConfig, max_tiles: int | None) -> Cut:
+    """How a picture of (width, height) is cut, its thumbnail among the views."""
+    columns, rows = choose_grid(size, tiling, max_tiles)
+    tiles = columns * rows
+    return Cut(tiles + _with_thumbnail(tiles, tiling), (rows, columns), size)
 
 
 def choose_grid(
@@ -52,7 +52,7 @@ def choose_grid(
     most = tiling.max_tiles if max_tiles is None else min(max_tiles, tiling.max_tiles)
     width, height = size
     best, least = (1, 1), math.inf
-    for columns, rows in _grids(min(tiling.min_tiles, most), most):
+    for columns, rows in grids(min(tiling.min_tiles, most), most):
         # In floats, as there: which grids are equally near depends on their rounding.
         off = abs(width / height - columns / rows)
         enough = width * height > 0.5 * tiling.image_size**2 * columns * rows
@@ -66,7 +66,7 @@ def _with_thumbnail(tiles: int, tiling: TilingConfig) -> bool:
 
 
 @lru_cache
-def _grids(least: int, most: int) -> list[tuple[int, int]]:
+def grids(least: int, most: int) -> list[tuple[int, int]]:
     """Every (columns, rows), fewer tiles first; of as many tiles, fewer columns first."""
     found = [
         (columns, rows)

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Cut(NamedTuple):
+    """How a picture is cut into views, which may be known before there are any.
+
+    views: how many. grid: (rows, columns) of tiles that they came from. size: (width, height) of
+    the picture, if known.
+    """
+
+    views: int
+    grid: tuple[int, int] = (1, 1)
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -24,6 +36,10 @@ class Picture:
     size: tuple[int, int] | None = None
     sha256: str | None = None
 
+    @property
+    def cut(self) -> Cut:
+        return Cut(len(self.views), self.grid, self.size)
+
 
 @dataclass
 class Features:
@@ -38,6 +54,10 @@ class Features:
     size: tuple[int, int] | None = None
     sha256: str | None = None
     projected: bool = False
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(len(self.views), self.grid, self.size)
 
     @property
     def array(self) -> Any:

@@ -33,6 +33,13 @@ def stretch(image: Image.Image, width: int, height: int, resample: str) -> np.nd
     return np.array(_bounded(image, MAX_SIDE).resize((width, height), FILTERS[resample]))
 
 
+def tiles(canvas: np.ndarray, side: int) -> list[np.ndarray]:
+    """uint8 [rows * side, columns * side, 3] -> its tiles [side, side, 3], row after row."""
+    rows, columns = canvas.shape[0] // side, canvas.shape[1] // side
+    # [rows, side, columns, side, 3] -> [rows * columns, side, side, 3]
+    return [*canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)]
+
+
 def crop(image: Image.Image, size: int, resample: str) -> np.ndarray:
     """RGB image -> uint8 [size, size, 3], the ends of the longer side given up."""
     image = _middle(image)

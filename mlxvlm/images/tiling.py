@@ -1,8 +1,8 @@
 """From a picture to the views that the encoder sees.
 
 A tiling is two functions: of the picture, its config and the most tiles allowed to the views and
-the grid (rows, columns) that they came from; and of the picture's size alone to how many views
-those will be. A new tiling is a row in TILINGS.
+the grid (rows, columns) that they came from; and of the picture's size alone to how it will be cut.
+A new tiling is a row in TILINGS.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from PIL import Image
 
 from ..config import TilingConfig
 from ..errors import ConfigError
-from . import dynamic, preprocess
+from . import anyres, dynamic, preprocess
 from .colour import to_rgb
 from .open import MAX_PIXELS, Source, open_picture, upright_size
-from .picture import Picture
+from .picture import Cut, Picture
 
 Size = tuple[int, int]
 Views = tuple[list[np.ndarray], tuple[int, int]]
 
 
 class Tiling(NamedTuple):
-    """cut: (image, config, most tiles) -> (views, grid). count: ((width, height), config, most
-    tiles) -> views that `cut` gives of a picture of that size."""
+    """cut: (image, config, most tiles) -> (views, grid). plan: ((width, height), config, most
+    tiles) -> how `cut` cuts a picture of that size."""
 
     cut: Callable[[Image.Image, TilingConfig, int | None], Views]
-    count: Callable[[Size, TilingConfig, int | None], int]
+    plan: Callable[[Size, TilingConfig, int | None], Cut]
 
 
 def tile(image: Image.Image, tiling: TilingConfig, max_tiles: int | None = None) -> Picture:
@@ -58,29 +58,28 @@ def look(
     return picture
 
 
-def count_views(
+def plan_cut(
     source: Source, tiling: TilingConfig, max_tiles: int | None = None, max_pixels: int = MAX_PIXELS
-) -> int:
-    """How many views `look` gives, from the picture's header where that tells its size."""
+) -> Cut:
+    """How `look` cuts a picture, from its header where that tells its size."""
     _check_limit(max_tiles)
-    if tiling.type == "single":
-        return 1
-    return TILINGS[tiling.type].count(upright_size(source, max_pixels), tiling, max_tiles)
+    return TILINGS[tiling.type].plan(upright_size(source, max_pixels), tiling, max_tiles)
 
 
 def tiles_each(tiling: TilingConfig, among: int, most: int = 0) -> int | None:
     """The most tiles that each of `among` pictures in one row of data may have; None: as many as
     the tiling makes.
 
-    A single view is never limited. Dynamic tiles are InternVL's: a picture alone has max_tiles,
-    each of several max_tiles // among, at least one, and thumbnails are not counted (`dataset.py`
-    of internvl_chat, multi_modal_multi_image_get_item). most: less than max_tiles, as a source of
-    rows may ask; 0 for no such wish.
+    A single view is never limited, and any-resolution tiles only by `most`: LLaVA-NeXT gives each
+    picture its own. Dynamic tiles are InternVL's: a picture alone has max_tiles, each of several
+    max_tiles // among, at least one, and thumbnails are not counted (`dataset.py` of internvl_chat,
+    multi_modal_multi_image_get_item). most: less than max_tiles, as a source of rows may ask; 0 for
+    no such wish.
     """
     if tiling.type == "single":
         return None
     budget = min(most or tiling.max_tiles, tiling.max_tiles)
-    if among < 2:
+    if among < 2 or tiling.type == "anyres":
         return budget if budget < tiling.max_tiles else None
     return max(1, budget // among)
 
@@ -106,6 +105,7 @@ def _check_limit(max_tiles: int | None) -> None:
 
 
 TILINGS: dict[str, Tiling] = {
-    "single": Tiling(single, lambda size, tiling, max_tiles: 1),
-    "dynamic": Tiling(dynamic.cut, dynamic.count),
+    "single": Tiling(single, lambda size, tiling, max_tiles: Cut(1)),
+    "dynamic": Tiling(dynamic.cut, dynamic.plan),
+    "anyres": Tiling(anyres.cut, anyres.plan),
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ConfigError
 
@@ -124,6 +124,66 @@ def arrays_of(caches: list[Any]) -> list[mx.array]:
 def nbytes(caches: list[Any]) -> int:
     """Bytes that a state takes, room for tokens to come included."""
     return sum(array.nbytes for array in arrays_of(caches))
+
+
+@dataclass
+class State:
+    """A state's layers as JSON values, and its arrays by name, to be kept in a file.
+
+    Of layers that keep everything, the arrays are of the tokens [start, end) alone.
+    """
+
+    layers: list[dict[str, Any]]
+    arrays: dict[str, mx.array]
+
+
+def pack(caches: list[Any], start: int, end: int) -> State:
+    """The state after `end` tokens, as it follows the one after `start`."""
+    layers: list[dict[str, Any]] = []
+    arrays: dict[str, mx.array] = {}
+    for number, cache in enumerate(caches):
+        kind = type(cache).__name__
+        free = is_free([cache])
+        kept: Any = cache.state
+        if free:
+            sliced = tree_map(lambda x: x[..., start:end, :], (cache.keys, cache.values))
+            kept = [*sliced, *cache.state[2:]]
+        values = []
+        for name, item in tree_flatten(kept):
+            if isinstance(item, mx.array):
+                arrays[f"{number}.{name}"] = mx.contiguous(item)
+            else:
+                values.append([name, item])
+        layers.append({"cache": kind, "free": free, "values": values})
+    return State(layers, arrays)
+
+
+def unpack(states: list[State], end: int) -> list[Any]:
+    """The caches after the last of consecutive states, `end` tokens in all."""
+    from mlx_lm.models import cache as kinds
+
+    out = []
+    for number, layer in enumerate(states[-1].layers):
+        mark = f"{number}."
+        parts = [
+            {n.removeprefix(mark): x for n, x in state.arrays.items() if n.startswith(mark)}
+            for state in (states if layer["free"] else states[-1:])
+        ]
+        joined = (
+            {name: mx.concatenate([p[name] for p in parts], axis=2) for name in parts[-1]}
+            if (len(parts) > 1)
+            else parts[0]
+        )
+        # Names in the order in which they were flattened, numbers by their value.
+        items = sorted(
+            [*joined.items(), *layer["values"]],
+            key=lambda item: [int(part) for part in item[0].split(".")],
+        )
+        cache = getattr(kinds, layer["cache"]).from_state(tree_unflatten(items))
+        if layer["free"]:
+            cache.offset = end
+        out.append(cache)
+    return out
 
 
 def _copy(cache: Any) -> Any:

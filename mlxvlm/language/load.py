@@ -176,11 +176,16 @@ def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
     try:
         return _get_classes(config)
     except (ValueError, AttributeError):
-        release = importlib.import_module("mlx_lm").__version__
         raise ConfigError(
-            f"language models of type {kind!r} are not known to mlx-lm {release}. Choose one of a "
-            "family that it supports (llama, mistral, qwen2, qwen3, gemma3_text, phi3, ...)."
+            f"language models of type {kind!r} are not known to mlx-lm {mlx_lm_version()}. Choose "
+            "one of a family that it supports (llama, mistral, qwen2, qwen3, gemma3_text, phi3, "
+            "...)."
         ) from None
+
+
+def mlx_lm_version() -> str:
+    """The release of mlx-lm that is installed."""
+    return str(importlib.import_module("mlx_lm").__version__)
 
 
 def _rope(config: dict[str, Any], fields: set[str]) -> None:

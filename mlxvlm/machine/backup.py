@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+
+from .macos import ask
 
 
 def exclude(folder: Path) -> bool:
@@ -15,14 +16,6 @@ def exclude(folder: Path) -> bool:
     if sys.platform != "darwin":
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    return _run("addexclusion", str(folder))
-
-
-def _run(*words: str) -> bool:
-    try:
-        done = subprocess.run(
-            ["/usr/bin/tmutil", *words], capture_output=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False  # a backup that takes longer is no reason not to run
-    return done.returncode == 0
+    # A backup that takes longer is no reason not to run.
+    done = ask("/usr/bin/tmutil", "addexclusion", str(folder), timeout=20)
+    return done is not None and done.returncode == 0

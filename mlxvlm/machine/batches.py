@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..data.batching import MicroBatch
 from ..data.feed import Feed
 from ..data.samples import Sample
+from ..images.picture import Cut
 
 
 def num_positions(feed: Feed, micro: MicroBatch) -> int:
@@ -43,13 +46,13 @@ def heaviest(feed: Feed) -> list[MicroBatch]:
     return found
 
 
-def with_fewer_visual(sample: Sample, before: int, after: int) -> Sample:
-    """A row as it is where each view gives `after` visual tokens instead of `before`."""
+def with_fewer_visual(sample: Sample, visual: Callable[[Cut], int]) -> Sample:
+    """A row as it is where a picture that is cut so gives fewer visual tokens."""
     tokens, supervised = sample.tokens, sample.supervised
     keep = np.ones(len(tokens), np.bool_)
     slots, gone = [], 0
-    for start, length in sample.slots:
-        kept = length // before * after
+    for (start, length), cut in zip(sample.slots, sample.cuts, strict=True):
+        kept = visual(cut)
         keep[start + kept : start + length] = False
         slots.append((start - gone, kept))
         gone += length - kept
@@ -62,4 +65,5 @@ def with_fewer_visual(sample: Sample, before: int, after: int) -> Sample:
         slots=slots,
         source=sample.source,
         where=sample.where,
+        cuts=sample.cuts,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import mlx.core as mx
 
 from ..errors import UsageError
 from .limits import memory_size
+from .macos import ask
 
 GB = 10**9
 
@@ -116,18 +116,12 @@ def find_chip(name: str) -> tuple[str, Chip]:
 
 def this_chip() -> tuple[str, Chip] | None:
     """This Mac's chip; None elsewhere, or for one that the table does not have."""
-    if sys.platform != "darwin":
+    done = ask("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+    if done is None or done.returncode:
         return None
     try:
-        done = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
         return find_chip(done.stdout)
-    except (OSError, subprocess.SubprocessError, UsageError):
+    except UsageError:
         return None
 
 

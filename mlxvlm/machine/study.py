@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import visual_tokens
 from ..data.feed import Feed
 from ..data.samples import Sample
 from ..data.split import split
+from ..language.quantise import quantise
+from ..merge import visual_tokens
 from ..model import VLM
 from ..projectors.pool import Pool
 from ..train.parts import prepare_parts
@@ -102,7 +104,7 @@ class Study:
                 vlm.config.projector.pool = variant.pool
                 vlm.projector.pool = Pool(variant.pool, vlm.config.vision.grid)
             if variant.bits:
-                nn.quantize(vlm.language, group_size=64, bits=variant.bits)
+                quantise(vlm.language, variant.bits)
             prepare_parts(vlm, variant.config)
             if variant.cached:
                 del vlm.vision
@@ -112,10 +114,8 @@ class Study:
     def _samples(self, variant: Variant) -> list[Sample]:
         if not variant.pool:
             return self.samples
-        before = self.vlm.config.tokens_per_view
-        projector = dataclasses.replace(self.vlm.config.projector, pool=variant.pool)
-        after = visual_tokens(self.vlm.config.vision, projector)
-        return [with_fewer_visual(sample, before, after) for sample in self.samples]
+        visual = partial(visual_tokens, self._model(variant).config)
+        return [with_fewer_visual(sample, visual) for sample in self.samples]
 
     def _feed(self, variant: Variant) -> Feed:
         config = variant.config

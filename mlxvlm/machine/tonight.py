@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..cache.codecs import codec_named, record_size
 from ..config import ModelConfig, ProjectorConfig, VisionConfig, pooled_tokens
 from ..data.buckets import Group, collate
 from ..data.samples import Sample
+from ..language.quantise import quantise
 from ..model import VLM
 from ..train.parts import prepare_parts
 from ..train.stages import STAGES, TrainConfig
@@ -184,7 +184,7 @@ def _step(language: dict[str, Any], bits: int, pool: str, stage: str, twice: boo
     vlm = VLM(config)
     vlm.set_dtype(mx.bfloat16)
     if bits < 16:
-        nn.quantize(vlm.language, group_size=64, bits=bits)
+        quantise(vlm.language, bits)
     train = TrainConfig(
         batch_size=1, grad_accumulation_steps=2, grad_checkpoint=twice, **STAGES[stage]
     )

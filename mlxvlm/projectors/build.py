@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from ..config import ProjectorConfig, VisionConfig, pooled_side, pooled_tokens
 from .attention import AttentionProjector
 from .c_abstractor import CAbstractor
@@ -12,9 +14,20 @@ Projector = AttentionProjector | MLPProjector | CAbstractor | Resampler
 
 
 def build_projector(
-    config: ProjectorConfig, vision: VisionConfig, language_width: int
+    config: ProjectorConfig, vision: VisionConfig, language_width: int, newline: bool = False
 ) -> Projector:
-    """The projector that `config.type` names, between these two widths, with random weights."""
+    """The projector that `config.type` names, between these two widths, with random weights.
+
+    newline: with `image_newline` [language_width], which a merge puts behind each row of tokens.
+    """
+    built = _build(config, vision, language_width)
+    if newline:
+        # As long as a word's embedding: LLaVA-NeXT's N(0, 1 / width).
+        built.image_newline = mx.random.normal((language_width,), scale=language_width**-0.5)
+    return built
+
+
+def _build(config: ProjectorConfig, vision: VisionConfig, language_width: int) -> Projector:
     width, grid = vision.hidden_size, vision.grid
     tokens = pooled_tokens(vision, config.pool)
     if config.type == "mlp":

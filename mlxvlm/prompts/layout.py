@@ -94,6 +94,14 @@ def content(message: Message, turn: int, prompt: PromptConfig, trim: bool) -> li
     return _with_suffixes(pieces, prompt.image_suffix)
 
 
+def front(message: Message, turn: int, prompt: PromptConfig) -> list[Piece]:
+    """Pieces of a question as LLaVA lays it out: the pictures, then the text, which is trimmed if
+    there are pictures."""
+    images = [part for part in message["content"] if part["type"] == "image"]
+    texts = [part for part in message["content"] if part["type"] == "text"]
+    return content({**message, "content": images + texts}, turn, prompt, trim=bool(images))
+
+
 def control(tokenizer: Tokenizer, names: Sequence[str], layout: str) -> list[int]:
     """Ids of control tokens; an error names every one that the tokenizer lacks."""
     missing = [name for name in names if name not in tokenizer.control]
@@ -106,11 +114,12 @@ def control(tokenizer: Tokenizer, names: Sequence[str], layout: str) -> list[int
 
 
 def _layout(name: str) -> Callable[..., list[Piece]]:
-    from . import internvl, llama3, plain, template, vicuna
+    from . import internvl, llama3, mistral, plain, template, vicuna
 
     layouts = {
         "llama-3": llama3.pieces,
         "vicuna_v1": vicuna.pieces,
+        "mistral": mistral.pieces,
         "internvl2_5": internvl.pieces,
         "plain": plain.pieces,
         "chat_template": template.pieces,

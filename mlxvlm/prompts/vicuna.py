@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import PromptConfig
-from .layout import Message, content, control, head
+from .layout import Message, content, control, front, head
 from .messages import text_of
 from .pieces import Control, Piece, Text
 
@@ -35,7 +35,7 @@ def pieces(
             if text_of(message):
                 out += [*content(message, turn, prompt, trim=False), Text(" ")]
         elif message["role"] == "user":
-            out += [Text("USER: "), *_question(message, turn, prompt)]
+            out += [Text("USER: "), *front(message, turn, prompt)]
             if turn + 1 < len(messages) or add_generation_prompt:
                 out.append(Text(" ASSISTANT:"))
         else:
@@ -43,10 +43,3 @@ def pieces(
             body = content(message, turn, prompt, trim=False)
             out += [Text(" ", supervised=True), *body, Control(end, supervised=True)]
     return out
-
-
-def _question(message: Message, turn: int, prompt: PromptConfig) -> list[Piece]:
-    """The pictures, then the text, which is trimmed if there are pictures."""
-    images = [part for part in message["content"] if part["type"] == "image"]
-    texts = [part for part in message["content"] if part["type"] == "text"]
-    return content({**message, "content": images + texts}, turn, prompt, trim=bool(images))

@@ -10,7 +10,7 @@ answer costs no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..data.buckets import Batch
+from ..images.picture import Cut
 from ..language.forward import head, head_module, hidden_states, recomputed
 from ..language.packed import packed_caches
 from ..language.prefix import BranchCache, prefix_caches
@@ -139,7 +140,9 @@ def batch_loss(
     the features have been through the projector already.
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
-    visual = None if views is None else visual_of(vlm, views, projected, grad_checkpoint)
+    visual = (
+        None if views is None else visual_of(vlm, views, batch.cuts, projected, grad_checkpoint)
+    )
     hidden, seen = hidden_of(vlm, batch, visual, layers, grad_checkpoint)
     chosen = hidden[mx.array(batch.predict)]
     labels, weights = mx.array(batch.labels), mx.array(batch.weights)
@@ -156,17 +159,22 @@ def batch_loss(
 
 
 def visual_of(
-    vlm: VLM, views: mx.array, projected: bool, grad_checkpoint: bool = False
+    vlm: VLM,
+    views: mx.array,
+    cuts: Sequence[Cut],
+    projected: bool,
+    grad_checkpoint: bool = False,
 ) -> mx.array:
-    """[visual tokens, D] that the language model sees, of what `Pictures.views` gives."""
+    """[visual tokens, D] that the language model sees, of what `Pictures.views` gives of pictures
+    cut so."""
     if projected:
-        return views.reshape(-1, views.shape[-1])
+        return vlm.merge(views, cuts)
     if views.ndim == 4 and grad_checkpoint:
         with recomputed(vlm.vision.encoder.layers):
             views = vlm.encoder.run(views)
     elif views.ndim == 4:
         views = vlm.encoder.run(views)
-    return vlm.project_views(views)
+    return vlm.project_views(views, cuts)
 
 
 def gradients(

@@ -111,7 +111,6 @@ def feed_of(
         config.pack_length,
         config.pack_views,
         config.group_by_modality_length,
-        vlm.config.tokens_per_view,
         config.seed,
         language_width(vlm.config.language),
         partial(longest_pack, vlm.language),

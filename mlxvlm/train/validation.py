@@ -79,9 +79,10 @@ def _answer(
     prompt, wanted = tokens[:start], tokens[start:stop]
     image = vlm.config.prompt.image_token_id
     # A later turn's pictures are not asked about yet.
-    views = int((prompt == image).sum()) // vlm.config.tokens_per_view
-    seen = feed.pictures.views(pictures)
-    visual = None if seen is None or not views else visual_of(vlm, seen[:views], projected)
+    shown = sum(place < start for place, _ in sample.slots)
+    cuts = [picture.cut for picture in pictures[:shown]]
+    seen = feed.pictures.views(pictures[:shown])
+    visual = None if seen is None else visual_of(vlm, seen, cuts, projected)
     ids = generate_tokens(
         vlm.language,
         prompt,

@@ -67,7 +67,7 @@ def measure(codec: str, folder: Path, args: argparse.Namespace) -> str:
             source = Pictures(None, folder, cache)
             rows = [{"image": name, "text": "a caption of a few words"} for name, _ in pictures]
             records = [(str(i), parse_record(row, str(i))) for i, row in enumerate(rows)]
-            samples, skipped = prepare(records, vlm.tokenizer, vlm.config, source.count_views, 4096)
+            samples, skipped = prepare(records, vlm.tokenizer, vlm.config, source.cut, 4096)
             assert not skipped, skipped[0]
             feed = Feed(samples, source, Batching(args.batch_size))
             started = time.perf_counter()

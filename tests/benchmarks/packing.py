@@ -25,6 +25,7 @@ from mlxvlm.config import LoRAConfig, ProjectorConfig  # noqa: E402
 from mlxvlm.data.batching import Batching  # noqa: E402
 from mlxvlm.data.feed import Feed  # noqa: E402
 from mlxvlm.data.samples import Sample  # noqa: E402
+from mlxvlm.images.picture import Cut  # noqa: E402
 from mlxvlm.language.lora import add_lora  # noqa: E402
 from mlxvlm.model import VLM  # noqa: E402
 from mlxvlm.train.losses import batch_loss, count, gradients  # noqa: E402
@@ -47,8 +48,8 @@ def make_rows(count: int, visual: int, text: tuple[int, int], text_only: float) 
         tokens = np.concatenate([head, words]).astype(np.int32)
         learnt = np.zeros(len(tokens), bool)
         learnt[-max(1, len(words) // 2) :] = True
-        slots = [(0, visual)] if pictured else []
-        rows.append(Sample(tokens, learnt, [str(number)] * pictured, slots=slots))
+        slots, cuts = ([(0, visual)], [Cut(1)]) if pictured else ([], [])
+        rows.append(Sample(tokens, learnt, [str(number)] * pictured, slots=slots, cuts=cuts))
     return rows
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     )
     feeds = {}
     for name, batching in settings.items():
-        batching.tokens_per_view, batching.width = max(1, args.visual), args.hidden
+        batching.width = args.hidden
         feeds[name] = Feed(rows, Names(), batching)  # type: ignore[arg-type]
     speeds: dict[str, list[float]] = {name: [] for name in feeds}
     peaks: dict[str, float] = dict.fromkeys(feeds, 0.0)

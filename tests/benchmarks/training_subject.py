@@ -251,11 +251,12 @@ def _data(folder: Path, shape: Shape, rng: np.random.Generator) -> None:
 def _tokens(folder: Path, shape: Shape) -> None:
     from mlxvlm.data.samples import prepare
     from mlxvlm.data.sources import read_rows
+    from mlxvlm.images.picture import Cut
     from mlxvlm.weights.load import load
 
     vlm = load(folder / "model")
     rows = list(read_rows(str(folder / "data")))
-    samples, skipped = prepare(rows, vlm.tokenizer, vlm.config, lambda name, among=1: 1, 4096)
+    samples, skipped = prepare(rows, vlm.tokenizer, vlm.config, lambda name, among=1: Cut(1), 4096)
     assert not skipped, skipped[0]
     tokens = np.stack([sample.tokens for sample in samples])
     supervised = np.stack([sample.supervised for sample in samples])

@@ -68,7 +68,7 @@ def preprocessing(
 
     Without a file, as their processors do: SigLIP squashes; CLIP scales the short side and crops.
     """
-    raw = _processor(folder)
+    raw = processor(folder)
     clip = vision.model_type == "clip_vision_model"
     size = raw.get("size", {"shortest_edge": vision.image_size} if clip else vision.image_size)
     where = f"{folder}'s image processor"
@@ -122,7 +122,8 @@ def _resize(raw: dict[str, Any], size: Any, clip: bool, where: str) -> tuple[str
     return ("pad" if raw.get("do_pad") else "squash"), height
 
 
-def _processor(folder: Path) -> dict[str, Any]:
+def processor(folder: Path) -> dict[str, Any]:
+    """What the folder says of its image processor; empty where it has no such file."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             raw = read_json(folder / name)
