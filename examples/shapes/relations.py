@@ -1,4 +1,7 @@
-"""Questions in two steps: find one thing, then look beside it."""
+"""Questions in two steps: find one thing, then look beside it.
+
+The answers say the places first: from those it follows who stands left of whom.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,10 @@ def offset(side: str, a: Item, b: Item) -> float:
     return along if side in ("right of", "below") else -along
 
 
+def _placed(name: str | None, item: Item) -> str:
+    return f"The {name}| is in the {item.place}."
+
+
 def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
     """Whether, or on which side, one named thing stands of another, in another third."""
     if len(scene.things) < 2:
@@ -35,11 +42,12 @@ def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
     words = [ground([a]), ground([b])]
     ask = f"{names[0]} {side} {names[1]}"
     holds = offset(side, a, b) > 0
+    answer = f"{_placed(names[0], a)} {_placed(names[1], b)} "
     if rng.random() < 0.5:
-        answer = f"The {slots['a']}| {side} the {slots['b']}|? {'Yes' if holds else 'No'}."
+        answer += f"{'Yes' if holds else 'No'}."
         return make("relation", ask, rng, answer, words, "relation", words, side=side, **slots)
     told = side if holds else OPPOSITE[side]
-    answer = f"The {slots['a']}| is {told} the {slots['b']}|."
+    answer += f"The {slots['a']} is {told} the {slots['b']}."
     slots |= {"side": side.removesuffix(" of"), "other": OPPOSITE[side]}
     return make("relation", f"{ask} or", rng, answer, words, "relation_or", words, **slots)
 
@@ -60,8 +68,8 @@ def ask_next(scene: Scene, rng: random.Random) -> QA | None:
     if name is None or not sides:
         return None
     side, beside = rng.choice(sides)
-    what = short(beside[0]) if beside else ABSENT
-    answer = f"{side.capitalize()} the {name}| is^ {what}."
+    what = f", in the {beside[0].place}, is {short(beside[0])}" if beside else f" is {ABSENT}"
+    answer = f"{_placed(name, thing)} {side.capitalize()} it^{what}."
     key, found = ground([thing]), ground(beside)
     ask = f"{side} {name}"
     return make("next", ask, rng, answer, [key, found], asked=[key], side=side, b=name)

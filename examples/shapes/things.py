@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from examples.shapes.drawing import box
 from examples.shapes.phrases import ABSENT, NOT_THERE, article, coordinate, plural
-from examples.shapes.qa import QA, absent, ground, make, once
+from examples.shapes.qa import QA, absent, ground, make, once, some
 from examples.shapes.world import (
     COLORS,
     NUMBERS,
@@ -145,38 +145,37 @@ def ask_where_cs(scene: Scene, rng: random.Random) -> QA | None:
     return make("where_cs", f"where {thing}", rng, answer, [ground(found)], "where", thing=thing)
 
 
+def _count(
+    kind: str, ask: str, rng: random.Random, key: str, found: list[Thing], **slots: str
+) -> QA:
+    """The places of all that count, then their number: whoever has listed them has counted them."""
+    places = [f" {thing.place}" for thing in found]
+    after = [ground([thing]) for thing in found] + [ground([])]
+    listed = ",^".join(places) + ".^" if found else f" {ABSENT}."
+    answer = f"The {key}:^{listed} The number is {NUMBERS[len(found)]}."
+    first = ground(found, len(found))
+    return make(kind, ask, rng, answer, [first, *after], asked=[first], **slots)
+
+
 def ask_count_all(scene: Scene, rng: random.Random) -> QA | None:
-    number = len(scene.things)
-    answer = f"The number of shapes| is {NUMBERS[number]}."
-    return make("count_all", "count", rng, answer, [ground(scene.things, number)])
+    return _count("count_all", "count", rng, "shapes|", list(scene.things))
 
 
 def ask_count_color(scene: Scene, rng: random.Random) -> QA | None:
-    present = sorted({t.color for t in scene.things})
-    if not present or rng.random() < 0.2:
-        color = absent(rng, ALL_COLORS, set(present))
-    else:
-        color = rng.choice(present)
+    color = some(rng, ALL_COLORS, {t.color for t in scene.things}, 0.2)
     if color is None:
         return None
     found = [t for t in scene.things if t.color == color]
-    answer = f"The number of {color}| shapes is {NUMBERS[len(found)]}."
-    words = [ground(found, len(found))]
-    return make("count_color", f"count {color}", rng, answer, words, color=color)
+    return _count("count_color", f"count {color}", rng, f"{color}| shapes", found, color=color)
 
 
 def ask_count_shape(scene: Scene, rng: random.Random) -> QA | None:
-    present = sorted({t.shape for t in scene.things})
-    if not present or rng.random() < 0.2:
-        shape = absent(rng, SHAPES, set(present))
-    else:
-        shape = rng.choice(present)
+    shape = some(rng, SHAPES, {t.shape for t in scene.things}, 0.2)
     if shape is None:
         return None
     found = [t for t in scene.things if t.shape == shape]
-    answer = f"The number of {plural(shape)}| is {NUMBERS[len(found)]}."
-    words = [ground(found, len(found))]
-    return make("count_shape", f"count {shape}", rng, answer, words, shapes=plural(shape))
+    shapes = plural(shape)
+    return _count("count_shape", f"count {shape}", rng, f"{shapes}|", found, shapes=shapes)
 
 
 def ask_at(scene: Scene, rng: random.Random) -> QA | None:
