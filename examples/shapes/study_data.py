@@ -1,7 +1,7 @@
 """The smaller drawn world that the studies train and examine on.
 
-Scenes of `MOST` items at most, shapes or bars, and four kinds of questions: small enough
-that a tiny language model gets far with them in about a minute, so that many runs can be compared.
+Scenes of `MOST` shapes at most and four kinds of questions about them: small enough that a tiny
+language model gets far with them in about a minute, so that many runs can be compared.
 
     DIR/images/000/000123.png     the pictures, the same for all variants
     DIR/ROWS/pretrain.jsonl       up to 8 questions a picture, each its own row
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,13 @@ from examples.shapes.qa import QA
 from examples.shapes.questions import MIXES, ask_many, ask_one
 from examples.shapes.world import PATCH, SIZE, Scene, make_scene, seeds
 
-KINDS = ("color", "where", "count_shape", "bar_value")
+KINDS = ("shape", "color", "where", "count_shape")
 MOST = 3
 QUESTIONS = 8
 TURNS = 4
 
-# What restates the question in front of the looked-up word.
-RESTATED = re.compile(r".*?(?:\? | (?:is at|is|says) )(?=\S)(.*)")
-SIDE = re.compile(r".* is (left|right|above|below)\b.*")
+# What stands in front of the looked-up words: the key again, or the places of what is counted.
+RESTATED = re.compile(r".*? (?:is at|is) (.*)")
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,20 @@ def scenes(split: str) -> Iterator[Scene]:
     """The split's scenes that belong to the smaller world."""
     for seed in seeds(split):
         scene = make_scene(seed)
-        if 0 < len(scene.bars or scene.things) <= MOST and not scene.prints:
+        if 0 < len(scene.things) <= MOST and not scene.prints:
             yield scene
 
 
 def direct(qa: QA) -> QA:
     """The same question, answered without its key; the marks in the answer go with it."""
-    found = SIDE.fullmatch(qa.answer) if qa.kind == "relation" else None
-    if found is None:
-        found = RESTATED.fullmatch(qa.answer)
+    found = RESTATED.fullmatch(qa.answer)
     if found is None:
         raise ValueError(f"no short form of {qa.answer!r} is known.")
-    said = found[1][0].upper() + found[1][1:].removesuffix(".") + "."
-    return replace(qa, answer=said, marks=tuple(mark for mark in qa.marks if mark.turn == 0))
+    return replace(
+        qa,
+        answer=found[1][0].upper() + found[1][1:],
+        marks=tuple(mark for mark in qa.marks if mark.turn == 0),
+    )
 
 
 def questions(scene: Scene, salt: str, restated: bool = True) -> list[QA]:
@@ -101,16 +103,22 @@ def exam(each: int, restated: bool = True) -> list[tuple[Scene, QA]]:
     return found
 
 
+def blind(each: int, count: int) -> float:
+    """The share of the examination that the most frequent answer to each question, in `count`
+    training scenes, gets right without a picture."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for scene in islice(scenes("train"), count):
+        for qa in questions(scene, "blind"):
+            answers[qa.ask][qa.answer] += 1
+    guesses = {ask: said.most_common(1)[0][0] for ask, said in answers.items()}
+    asked = exam(each)
+    return sum(guesses.get(qa.ask) == qa.answer for _, qa in asked) / len(asked)
+
+
 def chats(count: int, restated: bool = True) -> list[tuple[Scene, list[QA]]]:
     """Chats of `TURNS` turns about scenes of the "progress" split."""
-    found: list[tuple[Scene, list[QA]]] = []
-    for scene in scenes("progress"):
-        qas = questions(scene, "exam chat", restated)[:TURNS]
-        if len(qas) == TURNS:
-            found.append((scene, qas))
-        if len(found) == count:
-            break
-    return found
+    every = ((s, questions(s, "exam chat", restated)[:TURNS]) for s in scenes("progress"))
+    return list(islice((chat for chat in every if len(chat[1]) == TURNS), count))
 
 
 def pretrain_rows(scene: Scene, image: str, restated: bool = True) -> list[dict]:
@@ -188,16 +196,17 @@ def texts(count: int, restated: bool = True) -> Iterator[str]:
             yield qa.answer
 
 
-def write(out: Path, rows: Rows, count: int, tokenizers: Sequence[Tokenizer] = ()) -> None:
+def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None) -> None:
     """Writes the rows about the `count` pictures that are 100%, a share of them, or more.
 
-    Targets name the words that all of the tokenizers have whole.
+    tokenizer: one that has not every word whole; targets name only those that it has.
     """
-    known = [whole_words(tokenizer) for tokenizer in tokenizers]
+    known = tokenizer and whole_words(tokenizer)
 
     def kept(found: Iterable[dict]) -> Iterator[dict]:
         for raw in found:
-            yield keep_words(coarser(raw, rows.grid), lambda word: all(has(word) for has in known))
+            raw = coarser(raw, rows.grid)
+            yield keep_words(raw, known) if known else raw
 
     wanted = max(1, count * rows.percent // 100)
     every = max(1, 100 // rows.percent)

@@ -18,18 +18,23 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.shapes.exam import wilson
-from examples.shapes.study_data import KINDS
+from examples.shapes.study_data import KINDS, blind
 from examples.shapes.study_variants import ALL, LABELS, NAMES, STUDIES
 
 # Student's t, two-sided 95%, by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TITLES = {
     "projectors": "Projectors and caches",
-    "parts": "What trains beside a fresh projector",
+    "parts": "What trains beside a fresh projector, and from what features",
     "recipe": "What the recipe's parts do",
-    "amount": "Less data",
+    "amount": "Fewer pictures",
+    "second": "The second stage, with less of its data",
 }
+SECOND = "second"  # the study of the second stage and of chats; others are of the first
 DASH = "–"
+BLIND_EACH, BLIND_SCENES = 60, 960
+
+Runs = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ def share(runs: Sequence[Sequence[Sequence[int]]]) -> Share:
     return Share(each, mean, interval, wilson(right, asked))
 
 
-def collect(out: Path) -> dict[str, list[dict[str, Any]]]:
+def collect(out: Path) -> dict[str, Runs]:
     """Finished runs by variant, in the order of their seeds."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, Runs] = {}
     for variant in ALL:
         files = sorted((out / "runs").glob(f"{variant.name}-[0-9]*/result.json"))
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
@@ -66,12 +71,11 @@ def collect(out: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def of(runs: list[dict[str, Any]], stage: str) -> Share | None:
-    """The share right after a stage ("final": after the last); None where it did not run."""
-    if stage != "final" and not all(stage in run for run in runs):
+def of(runs: Runs, stage: str) -> Share | None:
+    """The share right after a stage; None where it did not run."""
+    if not all(stage in run for run in runs):
         return None
-    seen = [run["final"] if stage == "final" else run[stage]["right"] for run in runs]
-    return share([list(one["kinds"].values()) for one in seen])
+    return share([[run[stage]["right"][kind] for kind in KINDS] for run in runs])
 
 
 def percent(value: float) -> str:
@@ -82,37 +86,35 @@ def interval(pair: tuple[float, float] | None) -> str:
     return DASH if pair is None else f"{percent(pair[0])} to {percent(pair[1])}"
 
 
-def median(runs: list[dict[str, Any]], name: str) -> float:
+def median(runs: Runs, name: str) -> float:
     """Of the longer stage, over the runs."""
     stage = "pretrain" if "pretrain" in runs[0] else "sft"
     return statistics.median(run[stage][name] for run in runs)
 
 
-def table(study: str, found: dict[str, list[dict[str, Any]]]) -> str:
+def table(study: str, found: dict[str, Runs]) -> str:
     """One study's rows; those that have not run are left out."""
-    lines = [
-        "| | runs | right, % | t interval | Wilson | after pretrain | "
-        + " | ".join(KINDS)
-        + " | chats | tokens a picture | projector | step, CPU s | peak, MB |",
-        "|---|---:|---:|---:|---:|---:|" + "---:|" * (len(KINDS) + 5),
-    ]
+    stage = "sft" if study == SECOND else "pretrain"
+    head = ["", "runs", "right, %", "t interval", "Wilson", *KINDS]
+    head += ["chats"] if study == SECOND else []
+    head += ["tokens a picture", "projector", "step, CPU s", "peak, MB"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for name in STUDIES[study]:
-        if name not in found:
+        runs = found.get(name, [])
+        right = of(runs, stage)
+        if not runs or right is None:
             continue
-        runs = found[name]
-        last, first = of(runs, "final"), of(runs, "pretrain")
-        assert last is not None
-        kinds = [share([[run["final"]["kinds"][kind]] for run in runs]).mean for kind in KINDS]
-        chats = share([[run["final"]["chats"]] for run in runs]).mean
+        kinds = [*KINDS, "chats"] if study == SECOND else KINDS
+        each = [share([[run[stage]["right"][kind]] for run in runs]).mean for kind in kinds]
         cells = [
             label(study, name),
             str(len(runs)),
-            f"**{percent(last.mean)}**",
-            interval(last.t),
-            interval(last.wilson),
-            percent(first.mean) if first else DASH,
-            *(f"{100 * value:.0f}" for value in kinds),
-            f"{100 * chats:.0f}",
+            f"**{percent(right.mean)}**",
+            interval(right.t),
+            interval(right.wilson),
+            *(f"{100 * value:.0f}" for value in each),
+        ]
+        cells += [
             str(runs[0]["tokens_a_picture"]),
             f"{runs[0]['parameters']['projector'] / 1000:.0f} k",
             f"{median(runs, 'step_cpu_s'):.3f}",
@@ -128,16 +130,21 @@ def label(study: str, name: str) -> str:
 
 SCALE = 2  # the picture is drawn for screens of double density
 LEFT, PLOT, RIGHT, LINE, TOP = 330, 470, 170, 24, 46
-INK, FAINT, GRID, DOT = "#202428", "#6b7280", "#dfe3e8", "#2563c9"
+INK, FAINT, GRID, DOT, GUESS = "#202428", "#6b7280", "#dfe3e8", "#2563c9", "#c05621"
 
 
-def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Every study's rows: a run is a small ring, the mean a dot, Wilson's interval a line."""
-    rows: list[tuple[str, str | None]] = []
+def draw(found: dict[str, Runs], path: Path, guessed: float) -> None:
+    """Every study's rows: a run is a small ring, the mean a dot, Wilson's interval a line.
+
+    guessed: the share that is right without a picture, as a line over all.
+    """
+    rows: list[tuple[str, str, Share | None]] = []
     for study, names in STUDIES.items():
-        here: list[tuple[str, str | None]] = [(study, name) for name in names if name in found]
-        rows += [(study, None), *here] if here else []
-    size = (LEFT + PLOT + RIGHT, TOP + LINE * len(rows) + 16)
+        stage = "sft" if study == SECOND else "pretrain"
+        here = [(study, name, of(found[name], stage)) for name in names if name in found]
+        here = [row for row in here if row[2] is not None]
+        rows += [(study, "", None), *here] if here else []
+    size = (LEFT + PLOT + RIGHT, TOP + LINE * len(rows) + 28)
     image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), "white")
     pen = ImageDraw.Draw(image)
     font, bold = (ImageFont.load_default(points * SCALE) for points in (13, 14))
@@ -159,15 +166,16 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         x = LEFT + PLOT * tick / 100
         line(x, TOP - 6, x, size[1] - 12, GRID, 1)
         text(x, TOP - 12, f"{tick}%", "mb", FAINT)
+    x = LEFT + PLOT * guessed
+    line(x, TOP - 6, x, size[1] - 12, GUESS, 1)
+    text(x + 3, size[1] - 14, "without the picture", "lb", GUESS)
     text(LEFT + PLOT + RIGHT - 12, TOP - 12, "tokens   CPU s/step", "rb", FAINT)
-    for at, (study, name) in enumerate(rows):
+    for at, (study, name, result) in enumerate(rows):
         y = TOP + LINE * (at + 0.5)
-        if name is None:
+        if result is None:
             text(12, y, TITLES[study], "lm", big=True)
             continue
         runs = found[name]
-        result = of(runs, "final")
-        assert result is not None
         text(LEFT - 14, y, label(study, name), "rm")
         low, high = (LEFT + PLOT * v for v in result.wilson)
         line(low, y, high, y, DOT, 2.5)
@@ -179,7 +187,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     image.save(path)
 
 
-def fill(page: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+def fill(page: Path, found: dict[str, Runs]) -> None:
     """Writes each table anew between its marks in a Markdown page."""
     text = page.read_text(encoding="utf-8")
     for study in STUDIES:
@@ -196,13 +204,15 @@ def write(
 ) -> None:
     """Prints all tables that have rows; draws, fills in and keeps the results where asked to."""
     found = collect(out)
+    guessed = blind(BLIND_EACH, BLIND_SCENES)
+    print(f"Right without a picture: {percent(guessed)}%\n")
     if page:
         fill(page, found)
     for study in STUDIES:
         if any(name in found for name in STUDIES[study]):
             print(f"### {TITLES[study]}\n\n{table(study, found)}\n")
     if plot:
-        draw(found, plot)
+        draw(found, plot, guessed)
     if to_json:
         every = [run for runs in found.values() for run in runs]
         lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in every)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import time
 from dataclasses import replace
@@ -19,9 +20,10 @@ from mlx.utils import tree_flatten
 
 import mlxvlm
 from examples.shapes import study_data as data
-from examples.shapes.evaluate import features, right_answers, right_chats
-from examples.shapes.study import cache_of, folder_of, language_of, lift_language
-from examples.shapes.study_variants import FULL_DATA, NAMES, TEACHER, Flags, Variant, recipe
+from examples.shapes.evaluate import features, right_answers
+from examples.shapes.qa import QA
+from examples.shapes.study import cache_of, folder_of, language_of
+from examples.shapes.study_variants import FIRST, NAMES, Flags, Variant, recipe
 from mlxvlm.cli.main import app
 from mlxvlm.train.loop import Trainer
 from mlxvlm.train.stages import stage_config
@@ -92,22 +94,30 @@ def train(stage: str, flags: Flags) -> dict[str, Any]:
     }
 
 
-def measure(vlm: Any, variant: Variant, each: int) -> dict[str, Any]:
-    """Right and asked by kind, whole chats too; the mean over kinds."""
-    asked = data.exam(each, variant.rows.restated)
-    talked = data.chats(CHATS, variant.rows.restated)
-    seen = features(vlm, [scene for scene, _ in (*asked, *talked)])
+def measure(vlm: Any, variant: Variant, each: int, chats: int) -> dict[str, list[int]]:
+    """[right, asked] by kind, whole chats last."""
+    asked: list = data.exam(each, variant.rows.restated)
+    asked += data.chats(chats, variant.rows.restated)
+    seen = features(vlm, [scene for scene, _ in asked])
     verdicts = right_answers(vlm, [(seen[scene.seed], qa) for scene, qa in asked])
-    kinds = {kind: [0, 0] for kind in data.KINDS}
-    for (_, qa), ok in zip(asked, verdicts, strict=True):
-        kinds[qa.kind][0] += ok
-        kinds[qa.kind][1] += 1
-    whole = right_chats(vlm, [(seen[scene.seed], qas) for scene, qas in talked])
-    return {
-        "mean": sum(right / count for right, count in kinds.values()) / len(kinds),
-        "kinds": kinds,
-        "chats": [sum(whole), len(whole)],
-    }
+    found = {kind: [0, 0] for kind in (*data.KINDS, "chats")}
+    for (_, qa), right in zip(asked, verdicts, strict=True):
+        score = found[qa.kind if isinstance(qa, QA) else "chats"]
+        score[0] += right
+        score[1] += 1
+    return found
+
+
+def lift_language(model: Path, to: Path) -> None:
+    """The language model of a whole one, as a folder of its own."""
+    vlm = mlxvlm.load(model)
+    to.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, to)
+    raw = json.dumps(vlm.config.language, indent=2)
+    (to / "config.json").write_text(raw + "\n", encoding="utf-8")
+    weights = dict(tree_flatten(vlm.language.parameters()))
+    mx.save_safetensors(str(to / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
 def size_of(module: Any) -> int:
@@ -122,8 +132,12 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
     folder = folder_of(Path(), variant, seed)
     model, written = str(folder / "base"), []
     if variant.start == "pretrained":
-        model = str(folder_of(Path(), NAMES[FULL_DATA], seed) / "pretrain")
+        model = str(folder_of(Path(), NAMES[FIRST], seed) / "pretrain")
     else:
+        if variant.start == "taught":
+            lift_language(
+                folder_of(Path(), NAMES[FIRST], seed) / "sft", Path(language_of(variant, seed))
+            )
         arguments = build_command(variant, seed, model)
         written.append(f"mlxvlm {shlex.join(arguments)}")
         app(arguments, standalone_mode=False)
@@ -137,7 +151,7 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
         written.append(f"mlxvlm {name} " + " ".join(_flag(k, v) for k, v in flags.items()))
         result[stage] = train(name, flags)
         vlm = mlxvlm.load(model, flags["out"]) if lora else mlxvlm.load(flags["out"])
-        result[stage] |= {"right": measure(vlm, variant, each)}
+        result[stage] |= {"right": measure(vlm, variant, each, CHATS if stage == "sft" else 0)}
         # Adapters go into their model before the next stage puts new ones on it.
         if lora:
             arguments = ["fuse", "--model", model, "--adapter-path", flags["out"]]
@@ -146,10 +160,6 @@ def one(variant: Variant, seed: int, each: int) -> dict[str, Any]:
             app([*arguments, "--out", model], standalone_mode=False)
         else:
             model = flags["out"]
-    if variant.name == TEACHER:
-        lift_language(Path(model), Path("language/taught"))
-    last = variant.stages[-1]
-    result["final"] = result[last]["right"]
     sizes = {part: size_of(vlm[part]) for part in ("projector", "language")}
     result |= {
         "tokens_a_picture": vlm.config.tokens_per_view,
