@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from examples.shapes import study_data as data
@@ -55,12 +54,6 @@ def language_of(variant: Variant, seed: int) -> str:
     return f"language/{kind}-{seed}"
 
 
-def rows_needed(variants: list[Variant]) -> list[data.Rows]:
-    found = [variant.rows for variant in variants]
-    found += [replace(v.rows, percent=v.sft_percent) for v in variants if v.sft_percent]
-    return sorted(set(found), key=lambda rows: rows.name)
-
-
 def prepare(
     out: Path, encoder: Path, seeds: list[int], variants: list[Variant], pictures: int
 ) -> None:
@@ -68,7 +61,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "encoder").exists():
         shutil.copytree(encoder, out / "encoder")
-    rows = rows_needed(variants)
+    rows = sorted({variant.rows for variant in variants}, key=lambda each: each.name)
     data.draw_pictures(out / "images", pictures * max(100, *(r.percent for r in rows)) // 100)
     bpe = None if all(r.words for r in rows) else learn(data.texts(BPE_TEXTS), BPE_SIZE)
     for each in rows:

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,10 @@ def build_command(variant: Variant, seed: int, base: str) -> list[str]:
 
 
 def stage_flags(variant: Variant, stage: str, model: str, out: str) -> Flags:
-    percent = (
-        variant.sft_percent if stage == "sft" and variant.sft_percent else variant.rows.percent
-    )
-    written = replace(variant.rows, percent=percent)
     return {
         "config": f"{out}.toml",
         "model": model,
-        "data": [f"data/{written.name}/{stage}.jsonl"],
+        "data": [f"data/{variant.rows.name}/{stage}.jsonl"],
         "images": "images",
         "cache": cache_of(variant),
         "out": out,

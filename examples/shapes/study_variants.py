@@ -50,7 +50,7 @@ class Variant:
     first of them; each of the same seed. stages: which of the two run.
     build: flags of `mlxvlm build`. recipe: fields of the stages' recipes. targets: the auxiliary
     targets that they name. codec: how the cache keeps the features. rows: how the stages' rows are
-    written; sft_percent: another share of the pictures for the second. steps: times the recipe's.
+    written, and about how many pictures. steps: times the recipe's.
     """
 
     name: str
@@ -62,7 +62,6 @@ class Variant:
     targets: tuple[str, ...] = ALL_TARGETS
     codec: str = "float32"
     rows: Rows = Rows()
-    sft_percent: int = 0
     steps: float = 1
 
 
@@ -83,8 +82,8 @@ def taught(name: str, label: str, codec: str = "float32", **changes: Any) -> Var
 def only_sft(percent: int) -> Variant:
     """The second stage alone, one epoch of that share of its pictures."""
     label = f"sft on {percent}% of them"
-    changes: Flags = {"stages": ("sft",), "sft_percent": percent, "steps": percent / 100}
-    return Variant(f"sft-{percent}", label, "pretrained", **changes)
+    rows = Rows(percent=percent)
+    return Variant(f"sft-{percent}", label, "pretrained", ("sft",), rows=rows, steps=percent / 100)
 
 
 FIRST = "attention"  # the recipe itself, which runs before what starts from it
