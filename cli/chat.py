@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from mlxvlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.cache import EmbeddingCache
+    from mlxvlm.cli.batch import BatchFile
     from mlxvlm.prompt_cache import PromptCache
 
 DEMO = "demo"
@@ -116,6 +117,29 @@ def chat(
             help="Draw the boxes that an answer names on the last picture shown (PNG, JPEG, WebP).",
         ),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="FILE",
+            help="Answer a .jsonl file of questions, many at a time, into --out. A row has "
+            '"prompt" or "messages", and "image" or "images", beside the file.',
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="With --batch: a line for each row, as it is answered; run again, it goes on.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, help="With --batch: questions answered together. Default: 8."
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="What tensors become. Default: as stored."),
@@ -169,6 +193,20 @@ def chat(
 ) -> None:
     """Talk about pictures: a prompt loop, or one answer with -p."""
     paths = [checked(image) for image in images or []]
+    file = None
+    if batch is not None:
+        others = {
+            "IMAGE": paths,
+            "--prompt": prompt,
+            "--json": as_json,
+            "--draw": draw,
+            "--prompt-cache": prompt_cache,
+            "--max-kv-size": max_kv_size,
+            "--kv-bits": kv_bits,
+        }
+        file = _batch_file(batch, out, text_of(system), others)
+    elif out is not None or batch_size is not None:
+        raise UsageError("--out and --batch-size go with --batch FILE, which is not given.")
     question = _question(prompt, as_json)
     drawing = None
     if draw is not None:
@@ -216,6 +254,11 @@ def chat(
     if model is None and not as_json:
         about = vlm.config.about or "This is the small model that comes with mlxvlm."
         note(f"{about} -m names a real model: a folder or a hub id.")
+    if file is not None:
+        sizes = {} if batch_size is None else {"batch_size": batch_size}
+        reuse = Reuse(vlm, cache=opened)
+        file.answer(vlm, allow_urls=allow_urls, reuse=reuse, stop=stop or (), **sizes, **settings)
+        return
     conversation = Conversation(
         vlm,
         system=text_of(system),
@@ -256,6 +299,17 @@ def _question(prompt: str | None, as_json: bool) -> str | None:
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     return None if prompt is None else text_of(prompt).strip()
+
+
+def _batch_file(source: str, out: str | None, system: str, others: dict[str, Any]) -> BatchFile:
+    """The files of --batch, read before a model is loaded for them."""
+    if found := [name for name, value in others.items() if value]:
+        raise UsageError(f"--batch and {found[0]} do not go together; drop one.")
+    if out is None:
+        raise UsageError("--batch wants a file for the answers: --out answers.jsonl.")
+    from mlxvlm.cli.batch import BatchFile
+
+    return BatchFile(source, out, system)
 
 
 def _opened(cache: str | None) -> EmbeddingCache | None:
