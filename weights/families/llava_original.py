@@ -20,6 +20,7 @@ from mlxvlm.errors import ConfigError
 from mlxvlm.language.load import translate
 from mlxvlm.weights.families import clip, siglip
 from mlxvlm.weights.families.llava import LARGE_CLIP
+from mlxvlm.weights.families.llava_next import grids
 from mlxvlm.weights.families.towers import preprocessing, vision_config
 from mlxvlm.weights.folder import Checkpoint
 
@@ -131,8 +132,9 @@ def model(checkpoint: Checkpoint) -> ModelConfig:
             raise ConfigError(
                 f"mm_patch_merge_type (={merge!r}) must be spatial_unpad, LLaVA-1.6's."
             )
-        grids = _grids(raw.get("image_grid_pinpoints"), vision.image_size)
-        tiling = dataclasses.replace(tiling, **{**TILINGS["anyres"], "grids": grids})
+        # A pinpoint's width before its height, in LLaVA's order, which decides ties.
+        columns_rows = tuple(grids(raw.get("image_grid_pinpoints"), vision.image_size))
+        tiling = dataclasses.replace(tiling, **{**TILINGS["anyres"], "grids": columns_rows})
     elif aspect not in ("square", None):
         raise ConfigError(f"image_aspect_ratio (={aspect!r}) must be square, pad or anyres.")
     language = {k: v for k, v in raw.items() if not k.startswith(BESIDE)}
@@ -157,19 +159,3 @@ def layout(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:
     if tokenizer.id("<|im_start|>") is not None and tokenizer.chat_template is not None:
         return "chat_template"
     return "vicuna_v1"
-
-
-def _grids(pinpoints: Any, side: int) -> tuple[tuple[int, int], ...]:
-    """(columns, rows) of [width, height] in pixels, in LLaVA's order, which decides ties."""
-    good = isinstance(pinpoints, list) and all(
-        isinstance(point, list)
-        and len(point) == 2
-        and all(type(n) is int and n > 0 and n % side == 0 for n in point)
-        for point in pinpoints
-    )
-    if not good or not pinpoints:
-        raise ConfigError(
-            f"image_grid_pinpoints (={pinpoints}) must be pairs of multiples of the tower's "
-            f"{side} pixels."
-        )
-    return tuple((width // side, height // side) for width, height in pinpoints)
