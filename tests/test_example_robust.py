@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from tiny_vlm import tiny_vlm  # noqa: E402
 
 from examples.shapes import (  # noqa: E402
+    camera,
     conditions,
     evaluate,
     exam,
@@ -84,8 +85,8 @@ def test_a_landscape_canvas_keeps_each_thing_in_its_ninth():
 def test_things_move_as_the_maps_say(name):
     for scene in [s for s in CLEAN if s.things][:10]:
         found = conditions.tilt(scene, 10) if name == "tilt" else conditions.camera(scene)
-        image = conditions._warp(conditions.larger(scene), found, scene.paper)
-        for thing, moved in zip(scene.things, conditions._moved(scene, found).things, strict=True):
+        image = camera.warp(conditions.larger(scene), found, scene.paper)
+        for thing, moved in zip(scene.things, camera.moved(scene, found).things, strict=True):
             spot = pixels(image)[int(4 * moved.y), int(4 * moved.x)]
             assert abs(spot - thing.rgb).max() < 40
         for corner in ((0, 0, 1), (96, 0, 1), (0, 96, 1), (96, 96, 1)):
@@ -104,7 +105,7 @@ def test_steady_questions_keep_their_answers():
     kept = lost = 0
     for scene in SCENES:
         for qa in exam.exam(scene, questions.SCORED):
-            turned = conditions._moved(scene, conditions.tilt(scene, 10))
+            turned = camera.moved(scene, conditions.tilt(scene, 10))
             if not conditions.stays(scene, qa, [conditions.tilt(scene, 10)]):
                 lost += 1
                 continue

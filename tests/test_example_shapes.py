@@ -21,17 +21,21 @@ sys.path.insert(0, str(ROOT))
 
 import mlxvlm  # noqa: E402
 from examples.shapes import (  # noqa: E402
+    camera,
     data,
     drawing,
     encoder,
     evaluate,
     exam,
+    paraphrases,
     phrases,
     qa,
     questions,
     run,
+    wording,
     world,
 )
+from examples.shapes.camera import as_drawn, shoot  # noqa: E402
 from examples.shapes.qa import in_one_word  # noqa: E402
 from examples.shapes.tokenizer import CONTROLS, build, tokenizer_config  # noqa: E402
 from examples.shapes.wording import loosely  # noqa: E402
@@ -128,14 +132,14 @@ def test_a_scene_is_a_function_of_its_seed():
     assert {world.make_scene(seed).kind for seed in seeds} == set(world.SHARES)
     code = (
         "import hashlib, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from examples.shapes import data, drawing, encoder, world\n"
+        "from examples.shapes import camera, data, drawing, encoder, world\n"
         "digest = hashlib.sha256()\n"
         "for seed in map(int, sys.argv[2:]):\n"
         "    scene = world.make_scene(seed)\n"
         "    digest.update(drawing.draw(scene).tobytes())\n"
         "    digest.update(encoder.labels(scene).tobytes())\n"
         "    for rows in (data.pretrain_rows, data.chat_rows, data.describe_rows):\n"
-        "        digest.update(repr(rows(scene, 'x')).encode())\n"
+        "        digest.update(repr(rows(camera.shoot(scene), 'x')).encode())\n"
         "print(digest.hexdigest())\n"
     )
     digests = {
@@ -340,8 +344,10 @@ def solve_relation(text: str, scene: world.Scene) -> str:
     found = re.fullmatch(asked, text)
     assert found, text
     a, b = only(described(found[1], scene)), only(described(found[3], scene))
+    across = "left" in found[2] or "right" in found[2]
+    thirds = ("left", "centre", "right") if across else ("top", "middle", "bottom")
     said = " ".join(
-        f"The {name} is in the {place(*ninth(scene, thing))}."
+        f"The {name} is in the {thirds[ninth(scene, thing)[across]]}."
         for name, thing in ((found[1], a), (found[3], b))
     )
     if " or " not in found[2]:
@@ -671,9 +677,9 @@ def test_grounding_weighs_words():
 def test_rows_carry_targets_in_the_trainers_form():
     for scene in SCENES[:60]:
         for rows in (
-            data.pretrain_rows(scene, "a.png"),
-            data.chat_rows(scene, "a.png"),
-            data.describe_rows(scene, "a.png"),
+            data.pretrain_rows(shoot(scene), "a.png"),
+            data.chat_rows(shoot(scene), "a.png"),
+            data.describe_rows(shoot(scene), "a.png"),
         ):
             assert ["align" in row["targets"] for row in rows] == [True] + [False] * (len(rows) - 1)
             for row in rows:
@@ -687,7 +693,9 @@ def test_rows_carry_targets_in_the_trainers_form():
             for target in aligned:
                 assert target["image"] == 0 and 0 <= target["token"] < PATCHES
                 assert target["words"]
-    assert {len(row["messages"]) for row in data.chat_rows(first("shapes"), "a.png")} == {8}
+    assert {len(row["messages"]) for row in data.chat_rows(as_drawn(first("shapes")), "a.png")} == {
+        8
+    }
 
 
 def test_empty_patches_say_the_place_that_holds_most_of_them():
@@ -695,13 +703,55 @@ def test_empty_patches_say_the_place_that_holds_most_of_them():
     checked = 0
     for scene in DRAWN[:80]:
         held = drawing.patch_items(scene)
-        for target in data.align(scene):
+        for target in data.align(as_drawn(scene)):
             if held[target["token"]] is None:
                 y, x = (i * world.PATCH + world.PATCH / 2 for i in divmod(target["token"], side))
                 words = world.place_words(int(y // world.CELL), int(x // world.CELL))
                 assert target["words"] == ["nothing", *words], (scene.seed, target)
                 checked += 1
     assert checked > 100
+
+
+# Shots
+
+
+def test_shots_show_the_scene_where_the_map_says():
+    """Things' own colour stands where each came to lie, and questions are about that place."""
+    shots = [camera.shoot(scene) for scene in SCENES]
+    assert 0.15 < sum(shot.map is not None for shot in shots) / len(shots) < camera.SHOTS
+    checked = 0
+    for scene, shot in zip(SCENES, shots, strict=True):
+        assert shot.image.size == (world.SIZE, world.SIZE)
+        assert camera.in_place(scene, shot.scene)
+        pixels = np.asarray(shot.image).astype(float)
+        labels = encoder.labels(shot.drawn, shot.map)
+        for thing in shot.scene.things:
+            row, column = (int(v // world.PATCH) for v in (thing.y, thing.x))
+            there = labels[row * (world.SIZE // world.PATCH) + column]
+            assert encoder.GROUPS[0][there[0]] == thing.shape
+            light = pixels[round(thing.y), round(thing.x)]
+            far = {
+                color: np.linalg.norm(light - np.array(rgb) * light.sum() / sum(rgb))
+                for color, rgb in world.COLORS.items()
+                if color != "black"
+            }
+            checked += min(far, key=lambda color: far[color]) == thing.color
+    total = sum(t.color != "black" for shot in shots for t in shot.scene.things)
+    assert checked > 0.8 * total
+
+
+def test_a_map_moves_boxes_as_it_moves_the_picture():
+    scene = replace(first("shapes", things=3), look=world.Look(), paper=(255, 255, 255))
+    for found in (camera.turned(9), camera.cornered(np.full((4, 2), 0.07))):
+        image = camera.warp(drawing.draw(scene, 4), found, (255, 255, 255))
+        dark = np.asarray(image.resize((96, 96)).convert("L")) < 200
+        boxes = [drawing.spread(drawing.box(item), found) for item in scene.items]
+        inside = np.zeros_like(dark)
+        for x0, y0, x1, y1 in boxes:
+            inside[int(y0) : int(y1) + 2, int(x0) : int(x1) + 2] = True
+        assert dark.any() and not (dark & ~inside).any()
+    assert camera.turned(0) == pytest.approx(np.eye(3), abs=1e-9)
+    assert camera.cornered(np.zeros((4, 2))) == pytest.approx(np.eye(3), abs=1e-9)
 
 
 # The tokenizer
@@ -834,13 +884,31 @@ def test_loose_wording_keeps_the_question_and_its_keys():
             changed += loose.question != asked.question
             assert (loose.answer, loose.ask) == (asked.answer, asked.ask)
             for mark, before in zip(loose.marks, asked.marks, strict=True):
+                assert (mark.turn, mark.words) == (before.turn, before.words)
+                if mark.turn == 0 and mark.target == "ground":
+                    # The same word, but for a slip, which leaves its first letter.
+                    keys = [
+                        q[: m.end].lower()
+                        for q, m in ((asked.question, before), (loose.question, mark))
+                    ]
+                    key, now = (re.findall(r"[a-z]+$", text)[0] for text in keys)
+                    assert now[0] == key[0] and len(set(key) ^ set(now)) <= 1, loose
                 if mark.turn == 0:
-                    key = asked.question[: before.end].split()[-1].lower()
-                    assert loose.question[: mark.end].lower().endswith(key)
                     assert mark.end in [end for _, end in TOKENIZER.encode(loose.question).offsets]
                 else:
                     assert mark == before
     assert changed > 1000
+
+
+def test_other_words_say_what_the_vocabulary_need_not_know():
+    assert set(wording.OTHERWISE) == set(phrases.ASKS)
+    taught = {text for kind in phrases.ASKS for text in phrases.ASKS[kind]}
+    for kind, templates in wording.OTHERWISE.items():
+        signs = {re.sub(r"[^|^]", "", template) for template in (*templates, *phrases.ASKS[kind])}
+        assert len(signs) == 1 and not taught & set(templates), kind
+        # What nobody is taught measures how other words are understood.
+        asked = {re.sub(r"[|^]", "", template) for template in templates}
+        assert not asked & set(paraphrases.PARAPHRASES.get(kind, ()))
 
 
 def test_wilson_interval():

@@ -133,7 +133,7 @@ def test_score_reads_it(model, saved, tmp_path):
     done = CliRunner().invoke(app, ["score", str(picture), *texts, "-m", str(saved), "--json"])
     assert done.exit_code == 0, done.output
     found = [one["score"] for one in json.loads(done.output)["scores"]]
-    shown, ids = encoder.pixels(SCENES[:1]), mx.array(TOKENIZER(texts))
+    shown, ids = encoder.pixels(map(draw, SCENES[:1])), mx.array(TOKENIZER(texts))
     assert np.allclose(found, np.array(model.scores(shown, ids))[0], atol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_a_readout_learns_on_frozen_features(saved, tmp_path, monkeypatch):
     (tmp_path / "labels").mkdir()
     tower = encoder.Teacher(SMALL).tower
     encoder.save(tower, SMALL, tmp_path / "labels")
-    shown = encoder.pixels(SCENES[:2])
+    shown = encoder.pixels(map(draw, SCENES[:2]))
     opened, config = readout.open_tower(str(tmp_path / "labels"))
     assert mx.array_equal(opened(shown), tower(shown)) and config.hidden_size == 32
     earlier, _ = readout.open_tower(f"{saved}@-2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFilter, ImageFont
 
+from examples.shapes.camera import Map, compressed, cornered, in_place, moved, turned, warp
 from examples.shapes.drawing import draw, text_width
 from examples.shapes.qa import QA
 from examples.shapes.questions import ask_one
-from examples.shapes.world import SIZE, Print, Scene, Thing
+from examples.shapes.world import Scene
 
 TIMES = 4  # pictures that are "taken" are drawn so many times as large
 SHRUNK = 64
@@ -37,8 +37,6 @@ SIDEWAYS = {
     3: Image.Transpose.ROTATE_180,
     8: Image.Transpose.ROTATE_270,
 }
-# 3 x 3, from pixels of the scene as drawn to pixels of the picture of the same size.
-Map = np.ndarray
 
 
 def larger(scene: Scene) -> Image.Image:
@@ -51,7 +49,7 @@ def shrunk(scene: Scene) -> Image.Image:
 
 
 def jpeg(scene: Scene, quality: int = 30) -> Image.Image:
-    return _jpeg(draw(scene), quality)
+    return compressed(draw(scene), quality)
 
 
 def grey_paper(scene: Scene) -> Image.Image:
@@ -105,37 +103,25 @@ def store(image: Image.Image, path: Path, orientation: int) -> Path:
 
 
 def tilt(scene: Scene, degrees: float) -> Map:
-    """A turn about the middle, to the side that the seed decides, as small that all stays seen."""
-    angle = math.radians(degrees) * (1 if scene.seed % 2 else -1)
-    c, s = math.cos(angle), math.sin(angle)
-    size = 1 / (c + abs(s))
-    turn = np.array([[size * c, -size * s, 0], [size * s, size * c, 0], [0, 0, 1]])
-    to_middle = np.array([[1, 0, -SIZE / 2], [0, 1, -SIZE / 2], [0, 0, 1]])
-    return np.linalg.inv(to_middle) @ turn @ to_middle
+    """A turn to the side that the seed decides."""
+    return turned(degrees if scene.seed % 2 else -degrees)
 
 
 def camera(scene: Scene) -> Map:
     """A view from somewhere above the paper: each corner up to 8% inside the picture's."""
     rng = np.random.default_rng([scene.seed, 2])
-    square = np.array([(0, 0), (SIZE, 0), (SIZE, SIZE), (0, SIZE)], float)
-    inward = np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)])
-    seen = square + inward * rng.uniform(0.01, 0.08, (4, 2)) * SIZE
-    rows, wanted = [], []
-    for (x, y), (u, v) in zip(square, seen, strict=True):
-        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-        wanted += [u, v]
-    return np.append(np.linalg.solve(np.array(rows), wanted), 1).reshape(3, 3)
+    return cornered(rng.uniform(0.01, 0.08, (4, 2)))
 
 
 def tilted(scene: Scene, degrees: float) -> Image.Image:
-    return _warp(larger(scene), tilt(scene, degrees), scene.paper)
+    return warp(larger(scene), tilt(scene, degrees), scene.paper)
 
 
 def photographed(scene: Scene) -> Image.Image:
     """Perspective on a desk, uneven light, a soft lens, a noisy sensor, JPEG."""
     rng = np.random.default_rng([scene.seed, 3])
     desk = DESKS[scene.seed % len(DESKS)]
-    image = _warp(larger(scene), camera(scene), desk)
+    image = warp(larger(scene), camera(scene), desk)
     image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(1.5, 3.0))))
     y, x = np.mgrid[-1 : 1 : image.height * 1j, -1 : 1 : image.width * 1j]
     angle = rng.uniform(0, 2 * math.pi)
@@ -143,7 +129,7 @@ def photographed(scene: Scene) -> Image.Image:
     warmth = rng.uniform(0.94, 1.06, 3)
     pixels = np.asarray(image, float) * light[..., None] * warmth
     pixels += rng.normal(0, 12, pixels.shape)
-    return _jpeg(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), 70)
+    return compressed(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), 70)
 
 
 def stays(scene: Scene, qa: QA, maps: Sequence[Map]) -> bool:
@@ -152,37 +138,10 @@ def stays(scene: Scene, qa: QA, maps: Sequence[Map]) -> bool:
     Near the line between two ninths, or hardly left of each other, they would change sides.
     """
     for found in maps:
-        moved = _moved(scene, found)
-        places = [(item.row, item.column) for item in (*scene.things, *scene.prints)]
-        if places != [(item.row, item.column) for item in (*moved.things, *moved.prints)]:
+        there = moved(scene, found)
+        if not in_place(scene, there):
             return False
-        again = ask_one(qa.kind, moved, "exam")
+        again = ask_one(qa.kind, there, "exam")
         if again is None or (again.question, again.answer) != (qa.question, qa.answer):
             return False
     return True
-
-
-def _moved(scene: Scene, found: Map) -> Scene:
-    def move(item: Thing | Print) -> dict[str, float]:
-        x, y, w = found @ (item.x, item.y, 1)
-        return {"x": x / w, "y": y / w}
-
-    things = tuple(replace(thing, **move(thing)) for thing in scene.things)
-    prints = tuple(replace(item, **move(item)) for item in scene.prints)
-    return replace(scene, things=things, prints=prints)
-
-
-def _warp(image: Image.Image, found: Map, around: tuple[int, int, int]) -> Image.Image:
-    """The picture as `found` maps it, in a picture of the same size."""
-    scale = np.diag([image.width / SIZE, image.height / SIZE, 1])
-    back = np.linalg.inv(scale @ found @ np.linalg.inv(scale))
-    data = tuple((back / back[2, 2]).ravel()[:8].tolist())
-    return image.transform(
-        image.size, Image.Transform.PERSPECTIVE, data, Image.Resampling.BICUBIC, fillcolor=around
-    )
-
-
-def _jpeg(image: Image.Image, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")

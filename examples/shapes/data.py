@@ -1,9 +1,9 @@
 """Writes the training data: pictures, and rows of questions with their auxiliary targets.
 
-    DIR/images/000/000123.png   the pictures
+    DIR/images/000/000123.png   the pictures, two of five as cameras bring them
     DIR/pretrain.jsonl          8 questions a picture, each its own row, one after the other; for
-                                each fifth picture a description and boxes instead
-    DIR/sft.jsonl               chats of 4 turns, questions, descriptions
+                                each fourth picture a description and boxes instead
+    DIR/sft.jsonl               chats of 4 turns, descriptions, questions
     DIR/val.jsonl               single questions about pictures of the "progress" split
 
 A row's `targets` hold `ground` (what a key word refers to: for the hidden state over it), `follow`
@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.shapes.drawing import draw, patch_items
+from examples.shapes.camera import Shot, as_drawn, shoot
+from examples.shapes.drawing import patch_items
 from examples.shapes.phrases import ABSENT
 from examples.shapes.qa import QA, in_one_word, turns
 from examples.shapes.questions import ask_many, ask_one
@@ -41,7 +42,7 @@ SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
 BOXES = 3
 SHORT = 0.08  # of the single questions want one word
-LOOSE = 0.4  # of the questions in chats come as people put them
+LOOSE = 0.3  # of the questions come as people put them
 EMPTY_PATCHES = 4
 
 
@@ -62,13 +63,14 @@ def scenes(split: str, count: int, start: int = 0) -> Iterator[Scene]:
         yield scene
 
 
-def align(scene: Scene) -> list[dict[str, Any]]:
+def align(shot: Shot) -> list[dict[str, Any]]:
     """What the visual tokens show: the words of the item that covers a patch, and for a few empty
     patches of a drawn scene, that nothing is in that place."""
     found = []
     empty = []
     side = SIZE // PATCH
-    for token, item in enumerate(patch_items(scene)):
+    scene = shot.drawn
+    for token, item in enumerate(patch_items(scene, shot.map)):
         if item:
             found.append({"image": 0, "token": token, "words": list(item.words)})
         else:
@@ -94,35 +96,48 @@ def row(image: str, qas: Sequence[QA], aligned: list[dict[str, Any]] | None = No
     return {"image": image, "messages": turns(qas), "targets": targets}
 
 
-def pretrain_rows(scene: Scene, image: str, count: int = QUESTIONS) -> list[dict]:
+def _put(qa: QA, rng: random.Random) -> QA:
+    return loosely(qa, rng) if rng.random() < LOOSE else qa
+
+
+def pretrain_rows(shot: Shot, image: str, count: int = QUESTIONS) -> list[dict]:
+    scene = shot.scene
     rng = random.Random(f"short {scene.seed}")
     qas = ask_many(scene, count, "pretrain")
-    qas = [rng.random() < SHORT and in_one_word(qa) or qa for qa in qas]
-    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
+    qas = [rng.random() < SHORT and in_one_word(qa) or _put(qa, rng) for qa in qas]
+    return [row(image, [qa], None if i else align(shot)) for i, qa in enumerate(qas)]
 
 
-def describe_rows(scene: Scene, image: str) -> list[dict]:
-    """The whole picture in one answer, boxes, for some also a question that no picture answers.
+def describe_rows(shot: Shot, image: str) -> list[dict]:
+    """The whole picture in one answer, boxes (of a picture as drawn, whose boxes are known), for
+    some also a question that no picture answers.
 
     They have pictures of their own: rows of one picture are padded to the longest of them.
     """
-    qas = [ask_one("describe", scene), *ask_many(scene, BOXES, "boxes", {"box": 1.0})]
+    scene = shot.scene
+    rng = random.Random(f"describe {scene.seed}")
+    qas = [ask_one("describe", scene)]
+    if shot.map is None:
+        qas += ask_many(scene, BOXES, "boxes", {"box": 1.0})
     qas += [ask_one("outside", scene)] if scene.seed % 3 == 0 else []
-    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(filter(None, qas))]
+    found = [_put(qa, rng) for qa in filter(None, qas)]
+    return [row(image, [qa], None if i else align(shot)) for i, qa in enumerate(found)]
 
 
-def chat_rows(scene: Scene, image: str) -> list[dict]:
+def chat_rows(shot: Shot, image: str) -> list[dict]:
     """Two chats of four turns; in some of them a turn asks for a description, a box, or something
     that no picture here answers."""
+    scene = shot.scene
     rng = random.Random(f"chat {scene.seed}")
     qas = ask_many(scene, 8, "chat")
-    for kind, share in (("describe", 0.3), ("box", 0.3), ("outside", 0.1)):
+    others = {"describe": 0.3, "box": 0.3 if shot.map is None else 0.0, "outside": 0.1}
+    for kind, share in others.items():
         qa = ask_one(kind, scene, "chat")
         if qa is not None and qas and rng.random() < share:
             qas[rng.randrange(len(qas))] = qa
-    qas = [loosely(qa, rng) if rng.random() < LOOSE else qa for qa in qas]
+    qas = [_put(qa, rng) for qa in qas]
     chats = [chat for chat in (qas[:4], qas[4:]) if chat]
-    return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(chats)]
+    return [row(image, chat, None if i else align(shot)) for i, chat in enumerate(chats)]
 
 
 def name_of(index: int) -> str:
@@ -142,17 +157,19 @@ def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
             name = name_of(i)
             if i % 1000 == 0:
                 (images / name).parent.mkdir(parents=True, exist_ok=True)
-            draw(scene).save(images / name, compress_level=1)
-            _dump((describe_rows if i % 5 == 4 else pretrain_rows)(scene, name), pretrain)
-            # Two of five pictures of the second stage are chatted about; others keep up the rest.
-            make = (chat_rows, pretrain_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
-            _dump(make(scene, name), sft)
+            shot = shoot(scene)
+            shot.image.save(images / name, compress_level=1)
+            _dump((describe_rows if i % 4 == 3 else pretrain_rows)(shot, name), pretrain)
+            # Two of five pictures of the second stage are chatted about, two are described.
+            make = (chat_rows, describe_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
+            _dump(make(shot, name), sft)
     with (out / "val.jsonl").open("w") as file:
         (images / "val").mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(scenes("progress", val)):
             name = f"val/{i:06d}.png"
-            draw(scene).save(images / name, compress_level=1)
-            _dump(pretrain_rows(scene, name), file)
+            shot = as_drawn(scene)
+            shot.image.save(images / name, compress_level=1)
+            _dump(pretrain_rows(shot, name), file)
 
 
 def main() -> None:

@@ -212,10 +212,22 @@ def draw(scene: Scene, times: int = 1, font: str | None = None, aspect: float = 
     return _look(image.reduce(SCALE), scene)
 
 
-def patch_items(scene: Scene, least: float = 0.08) -> list[Thing | Print | Bar | None]:
+def spread(corners: Box, found: np.ndarray | None) -> Box:
+    """The box around a box that a map (`camera`) has moved; None leaves it."""
+    if found is None:
+        return corners
+    x0, y0, x1, y1 = corners
+    x, y, w = found @ np.array([(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)]).T
+    return (min(x / w), min(y / w), max(x / w), max(y / w))
+
+
+def patch_items(
+    scene: Scene, found: np.ndarray | None = None, least: float = 0.08
+) -> list[Thing | Print | Bar | None]:
     """For each patch, row by row: the item that covers most of it, a print by its whole box.
 
-    An item must cover the share `least` of the patch; else there is None.
+    found: the map by which the picture shows the scene as drawn (`camera`). An item must cover the
+    share `least` of the patch; else there is None.
     """
     items = scene.bars or scene.items
     canvas = Image.new("L", (SIZE, SIZE), 0)
@@ -225,27 +237,33 @@ def patch_items(scene: Scene, least: float = 0.08) -> list[Thing | Print | Bar |
             pen.rectangle(box(item), fill=i + 1)
         else:
             _paint(pen, item, i + 1, 1)
+    if found is not None:
+        back = np.linalg.inv(found)
+        data = tuple((back / back[2, 2]).ravel()[:8].tolist())
+        canvas = canvas.transform(canvas.size, Image.Transform.PERSPECTIVE, data)
     side = SIZE // PATCH
     cells = np.asarray(canvas).reshape(side, PATCH, side, PATCH).transpose(0, 2, 1, 3)
-    found: list[Thing | Print | Bar | None] = []
+    shown: list[Thing | Print | Bar | None] = []
     for cell in cells.reshape(side * side, -1):
         count = np.bincount(cell, minlength=len(items) + 1)[1:]
         best = int(count.argmax()) if len(items) else -1
-        found.append(items[best] if best >= 0 and count[best] >= least * PATCH**2 else None)
-    return found
+        shown.append(items[best] if best >= 0 and count[best] >= least * PATCH**2 else None)
+    return shown
 
 
-def patch_letters(scene: Scene) -> list[str]:
-    """For each patch, row by row: the printed character that covers most of it, or ""."""
+def patch_letters(scene: Scene, found: np.ndarray | None = None) -> list[str]:
+    """For each patch, row by row: the printed character that covers most of it, or "";
+    found: as in `patch_items`."""
     side = SIZE // PATCH
     best = [(0.0, "")] * side**2
     for item in scene.prints:
-        for letter, (x0, y0, x1, y1) in letters(item):
+        for letter, at in letters(item):
+            x0, y0, x1, y1 = spread(at, found)
             for row in range(max(int(y0 // PATCH), 0), min(int(y1 // PATCH), side - 1) + 1):
                 for column in range(max(int(x0 // PATCH), 0), min(int(x1 // PATCH), side - 1) + 1):
                     w = min(x1, (column + 1) * PATCH) - max(x0, column * PATCH)
                     h = min(y1, (row + 1) * PATCH) - max(y0, row * PATCH)
-                    found = (w * h, letter)
+                    seen = (w * h, letter)
                     if w * h >= 8:  # square pixels; less cannot be told
-                        best[row * side + column] = max(best[row * side + column], found)
+                        best[row * side + column] = max(best[row * side + column], seen)
     return [letter for _, letter in best]

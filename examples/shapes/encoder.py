@@ -26,8 +26,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
+from PIL import Image
 
-from examples.shapes.drawing import box, draw, patch_items, patch_letters
+from examples.shapes.camera import Map, Shot, as_drawn, shoot
+from examples.shapes.drawing import box, patch_items, patch_letters, spread
 from examples.shapes.phrases import COORDINATES, coordinate
 from examples.shapes.world import (
     COLORS,
@@ -117,8 +119,8 @@ class Teacher(nn.Module):
         return self.heads(self.tower(pixels))
 
 
-def classes(item: Thing | Print | Bar | None) -> list[int]:
-    """One class for each group; None is none of everything."""
+def classes(item: Thing | Print | Bar | None, found: Map | None = None) -> list[int]:
+    """One class for each group; None is none of everything. found: where its box came to lie."""
     if item is None:
         return [0] * len(GROUPS)
     names = [""] * SEEN
@@ -131,19 +133,23 @@ def classes(item: Thing | Print | Bar | None) -> list[int]:
         names[0], names[4], names[5] = "number", item.text[:-1], item.text[-1]
     else:
         names[0], names[6] = "word", item.text
-    names += [*(str(coordinate(v / SIZE)) for v in box(item)), ""]
+    names += [*(str(coordinate(v / SIZE)) for v in spread(box(item), found)), ""]
     return [group.index(name) for group, name in zip(GROUPS, names, strict=True)]
 
 
-def labels(scene: Scene) -> np.ndarray:
-    """[patches + QUERIES, groups] classes; of a page the slots are not asked."""
+def labels(scene: Scene, moved: Map | None = None) -> np.ndarray:
+    """[patches + QUERIES, groups] classes; of a page the slots are not asked.
+
+    moved: the map by which the picture shows the scene.
+    """
     slots: list[Thing | Print | Bar | None] = [None] * QUERIES
     for item in scene.items:
         slots[3 * item.row + item.column] = item
     for i, bar in enumerate(scene.bars):
         slots[9 + i] = bar
-    found = np.array([classes(item) for item in [*patch_items(scene), *slots]], np.int32)
-    found[:-QUERIES, -1] = [GROUPS[-1].index(letter) for letter in patch_letters(scene)]
+    shown = [*patch_items(scene, moved), *slots]
+    found = np.array([classes(item, moved) for item in shown], np.int32)
+    found[:-QUERIES, -1] = [GROUPS[-1].index(letter) for letter in patch_letters(scene, moved)]
     if len(scene.prints) > MAX_PRINTS:
         found[-QUERIES:] = IGNORE
     if scene.kind == "texture":
@@ -151,14 +157,17 @@ def labels(scene: Scene) -> np.ndarray:
     return found
 
 
-def pixels(scenes: Sequence[Scene]) -> mx.array:
-    """The pictures of some scenes, normalised, [N, S, S, 3]."""
-    return mx.array(np.stack([np.asarray(draw(s)) for s in scenes]).astype(np.float32) / 127.5 - 1)
+def pixels(images: Iterable[Image.Image]) -> mx.array:
+    """Pictures normalised, [N, S, S, 3]."""
+    return mx.array(
+        np.stack([np.asarray(image) for image in images]).astype(np.float32) / 127.5 - 1
+    )
 
 
-def batch(scenes: Sequence[Scene]) -> tuple[mx.array, mx.array]:
-    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some scenes."""
-    return pixels(scenes), mx.array(np.stack([labels(scene) for scene in scenes]))
+def batch(shots: Sequence[Shot]) -> tuple[mx.array, mx.array]:
+    """Normalised pixels [N, S, S, 3] and classes [N, patches + QUERIES, groups] of some shots."""
+    found = np.stack([labels(shot.drawn, shot.map) for shot in shots])
+    return pixels(shot.image for shot in shots), mx.array(found)
 
 
 def loss(model: Teacher | Heads, shown: mx.array, target: mx.array) -> mx.array:
@@ -183,7 +192,8 @@ def accuracy(
     source = seeds(split)
     ends = np.cumsum([len(group) for group in GROUPS])[:-1]
     for _ in range(0, count, 32):
-        shown, target = batch([make_scene(next(source)) for _ in range(32)])
+        scenes = [make_scene(next(source)) for _ in range(32)]
+        shown, target = batch([as_drawn(scene) for scene in scenes])
         parts = np.split(np.array(model(shown)), ends, axis=-1)
         guesses.append(np.stack([part.argmax(-1) for part in parts], axis=-1))
         targets.append(np.array(target))
@@ -338,7 +348,8 @@ def main() -> None:
     args = parser.parse_args()
     mx.random.seed(args.seed)
     model = Teacher(CONFIG)
-    batches = (batch(scenes) for scenes in fresh_scenes(args.batch_size, pages=PAGES))
+    fresh = fresh_scenes(args.batch_size, pages=PAGES)
+    batches = (batch([shoot(scene) for scene in scenes]) for scenes in fresh)
     report(args.steps, fit(model, loss, batches, args.steps, args.learning_rate))
     save(model.tower, CONFIG, args.out)
     for name, share in accuracy(model, count=args.eval).items():

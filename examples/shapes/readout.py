@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from examples.shapes.drawing import draw
 from examples.shapes.encoder import Heads, accuracy, fit, labels, loss, pixels
 from examples.shapes.world import Scene, make_scene, seeds
 from mlxvlm.weights.load import load_encoder
@@ -40,7 +41,7 @@ def open_tower(name: str) -> tuple[Tower, Any]:
 def features(tower: Tower, scenes: list[Scene]) -> np.ndarray:
     """float32 [scenes, patches, D]"""
     parts = (scenes[i : i + BATCH] for i in range(0, len(scenes), BATCH))
-    return np.concatenate([np.array(tower(pixels(part))) for part in parts])
+    return np.concatenate([np.array(tower(pixels(map(draw, part)))) for part in parts])
 
 
 def shuffled(

@@ -25,6 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from examples.shapes.drawing import draw
 from examples.shapes.encoder import (
     CONFIG,
     fit,
@@ -111,7 +112,7 @@ def loss(model: Siglip, shown: mx.array, ids: mx.array) -> mx.array:
 
 def batch(tokenizer: SiglipTokenizer, scenes: Sequence[Scene]) -> tuple[mx.array, mx.array]:
     """Normalised pixels [N, S, S, 3] and the captions' ids [N, LENGTH]."""
-    return pixels(scenes), mx.array(tokenizer([caption(scene) for scene in scenes]))
+    return pixels(map(draw, scenes)), mx.array(tokenizer([caption(scene) for scene in scenes]))
 
 
 def retrieval(

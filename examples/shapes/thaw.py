@@ -22,6 +22,7 @@ from typing import Any
 
 import mlxvlm
 from examples.shapes import language
+from examples.shapes.camera import as_drawn
 from examples.shapes.data import align, name_of, row
 from examples.shapes.drawing import draw
 from examples.shapes.evaluate import features, right_answers
@@ -61,7 +62,7 @@ def write_data(out: Path, count: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(scene).save(path, compress_level=1)
             for n, qa in enumerate(questions(scene)):
-                raw = row(name_of(i), [qa], None if n else align(scene))
+                raw = row(name_of(i), [qa], None if n else align(as_drawn(scene)))
                 file.write(json.dumps(raw, separators=(",", ":")) + "\n")
 
 
