@@ -12,7 +12,6 @@ ROWS says how the rows are written (`Rows.name`): "restated-100" is the recipe's
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from examples.shapes.data import align, name_of, row
+from examples.shapes.data import align, dump, name_of, rows
 from examples.shapes.drawing import draw
 from examples.shapes.exam import asks
 from examples.shapes.phrases import ABSENT
@@ -123,13 +122,12 @@ def chats(count: int, restated: bool = True) -> list[tuple[Scene, list[QA]]]:
 
 def pretrain_rows(scene: Scene, image: str, restated: bool = True) -> list[dict]:
     qas = questions(scene, "pretrain", restated)
-    return [row(image, [qa], None if i else align(scene)) for i, qa in enumerate(qas)]
+    return rows(image, [[qa] for qa in qas], align(scene))
 
 
 def chat_rows(scene: Scene, image: str, restated: bool = True) -> list[dict]:
     qas = questions(scene, "chat", restated)
-    turns = [chat for chat in (qas[:TURNS], qas[TURNS:]) if chat]
-    return [row(image, chat, None if i else align(scene)) for i, chat in enumerate(turns)]
+    return rows(image, [chat for chat in (qas[:TURNS], qas[TURNS:]) if chat], align(scene))
 
 
 def coarser(raw: dict, grid: int) -> dict:
@@ -222,16 +220,11 @@ def write(out: Path, rows: Rows, count: int, tokenizer: Tokenizer | None = None)
             if i % every:
                 continue
             name = name_of(i)
-            _dump(kept(pretrain_rows(scene, name, rows.restated)), pretrain)
+            dump(kept(pretrain_rows(scene, name, rows.restated)), pretrain)
             if taken % 2 == 0:
                 # A third of them keep up the single questions.
                 make = pretrain_rows if taken % 6 == 4 else chat_rows
-                _dump(kept(make(scene, name, rows.restated)), sft)
+                dump(kept(make(scene, name, rows.restated)), sft)
             taken += 1
     for name, part in parts.items():
         part.replace(folder / f"{name}.jsonl")
-
-
-def _dump(found: Iterable[dict], file: Any) -> None:
-    for raw in found:
-        file.write(json.dumps(raw, separators=(",", ":")) + "\n")
