@@ -124,7 +124,7 @@ def test_a_variants_commands_name_what_differs():
     ]
     assert commands["full"] == commands["int8"] != commands["attention"]
     caches = {v.name: study.cache_of(v) for v in variants.ALL}
-    assert (caches["int8"], caches["mlp-mean2"]) == ("cache-int8", "cache-float32-mean2")
+    assert (caches["int8"], caches["attention-mean2"]) == ("cache-int8", "cache-float32-mean2")
     flags = study_run.stage_flags(variants.NAMES["sft-25"], "sft", "m", "o")
     assert flags["data"] == ["data/restated-25/sft.jsonl"]
     flags = study_run.stage_flags(variants.NAMES["plain-300"], "pretrain", "m", "o")
