@@ -13,6 +13,7 @@ import typer
 
 import mlxvlm
 from mlxvlm.cli import cache, data
+from mlxvlm.cli.bench import bench
 from mlxvlm.cli.boundary import Boundary
 from mlxvlm.cli.build import build
 from mlxvlm.cli.cache_embeddings import cache_embeddings
@@ -52,7 +53,7 @@ app.command()(score)
 app.command()(cache_embeddings)
 app.add_typer(cache.app, name="cache")
 app.add_typer(data.app, name="data")
-for command in (build, pretrain, sft, lora, plan, fuse):
+for command in (build, pretrain, sft, lora, plan, fuse, bench):
     app.command()(command)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..errors import UsageError
+from .ceilings import matmul_rate
 from .limits import memory_size
 from .macos import ask
 
@@ -92,7 +92,7 @@ def machine(memory: str | None = None, chip: str | None = None) -> Machine:
     total = size or memory_size()
     apple = wanted or found
     if apple is None and (size is None or sys.platform != "darwin"):
-        rate = measured_tflops()
+        rate = matmul_rate() / 1e12
         note = f"{rate:.2g} TFLOP/s in a matrix product just now"
         usable = int(CPU_SHARE * total) if size is None else _gpu_share(total)
         return Machine("this computer", total, usable, rate, rate, rate, True, note)
@@ -132,18 +132,6 @@ def parse_memory(text: str) -> int:
     if not found or not size:
         raise UsageError(f"--memory (={text!r}) must be a size such as 16GB.")
     return int(size * {"M": 2**20, "G": 2**30, "T": 2**40}[(found[2] or "G")[0]])
-
-
-def measured_tflops(side: int = 1024, seconds: float = 0.3) -> float:
-    """TFLOP/s of a float32 matrix product here, at its best."""
-    a = mx.random.uniform(shape=(side, side), key=mx.random.key(0))
-    mx.eval(a, a @ a)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        started = time.perf_counter()
-        mx.eval(a @ a)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best / 1e12
 
 
 def _gpu_share(total: int) -> int:
