@@ -123,7 +123,9 @@ def page(name: str, found: Bench) -> str:
     cache = [rate for rate in found.rates if rate.bound == "the disk"]
     if cache:
         speeds = " and ".join(f"{amount(rate.median * rate.bytes)}/s" for rate in cache)
-        text += [f"  (a picture's features are {amount(cache[0].bytes)} in {found.codec}: {speeds})"]
+        text += [
+            f"  (a picture's features are {amount(cache[0].bytes)} in {found.codec}: {speeds})"
+        ]
     products = ", ".join(f"{_flops(rate)} in {dtype}" for dtype, rate in found.matmul.items())
     text += [
         "",

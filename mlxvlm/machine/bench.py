@@ -156,6 +156,7 @@ def bench(
     for dtype in dict.fromkeys([dtype_of(vlm.vision), dtype_of(vlm.language)]):
         found.matmul[_name(dtype)] = matmul_rate(dtype)
     found.memory = memory_rate()
+    mx.clear_cache()
     mx.reset_peak_memory()
     progress("the encoder")
     found.rates.append(work.encoder())

@@ -6,11 +6,9 @@ import re
 import sys
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from ..errors import UsageError
 from .ceilings import matmul_rate
-from .limits import memory_size
+from .limits import gpu_memory, memory_size
 from .macos import ask
 
 GB = 10**9
@@ -101,7 +99,7 @@ def machine(memory: str | None = None, chip: str | None = None) -> Machine:
     note = f"{told}{known.tflops:g} TFLOP/s at its peak, {known.bandwidth:g} GB/s"
     low, high = (known.tflops * share for share in TRAINING_RANGE)
     here = wanted is None and size is None
-    usable = _told_by_metal() if here else None
+    usable = gpu_memory() if here else None
     return Machine(name, total, usable or _gpu_share(total), known.tflops, low, high, here, note)
 
 
@@ -137,8 +135,3 @@ def parse_memory(text: str) -> int:
 def _gpu_share(total: int) -> int:
     share = next(share for most, share in GPU_SHARES if total <= most)
     return int(share * total)
-
-
-def _told_by_metal() -> int | None:
-    told = mx.device_info().get("max_recommended_working_set_size")
-    return int(told) if told else None

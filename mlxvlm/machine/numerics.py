@@ -9,7 +9,7 @@ its own and that have been wrong before: attention and its gradients, products w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from mlx.utils import tree_map
 
 from ..attention import attention
 from ..images.picture import Picture
-from ..language.forward import blocks_of, decoder, embedding, head, head_module, hidden_states
+from ..language.forward import blocks_of, embedding, head, head_module, hidden_states, trunk
 from ..model import VLM
 from ..vision.encoder import DTYPES as TOWER_DTYPES
 
@@ -65,7 +65,7 @@ def compare(
         sound = load()
         sound.set_dtype(mx.float32)
         calls = record(sound)
-        mx.eval([call for call in calls.values()])
+        mx.eval(list(calls.values()))
     out: list[Difference] = []
     for dtype in dtypes:
         other = load()
@@ -84,6 +84,19 @@ def compare(
             mx.eval(wanted)
         for dtype in dtypes:
             out.append(_difference(f"operations.{name}", dtype, device, wanted, operation, dtype))
+    return out
+
+
+def by_layer(found: Sequence[Difference]) -> dict[tuple[str, str], dict[str, Difference]]:
+    """(part, layer) -> dtype -> the worst of its pieces; a block is one layer."""
+    out: dict[tuple[str, str], dict[str, Difference]] = {}
+    for one in found:
+        names = one.layer.split(".")
+        block = next((i for i, name in enumerate(names) if name.isdecimal()), None)
+        layer = one.layer if block is None else " ".join(names[block - 1 : block + 1])
+        row = out.setdefault((one.part, layer), {})
+        if one.dtype not in row or one.relative > row[one.dtype].relative:
+            row[one.dtype] = one
     return out
 
 
@@ -112,8 +125,7 @@ def units(vlm: VLM) -> dict[str, Callable[..., Any]]:
     for number, block in enumerate(blocks_of(lm)):
         found |= dict(_pieces(block, f"language.layers.{number}"))
     beside = {id(embedding(lm)), id(head_module(lm)), *map(id, blocks_of(lm))}
-    trunk = getattr(decoder(lm), "model", lm)
-    for name, child in trunk.children().items():
+    for name, child in trunk(lm).children().items():
         if isinstance(child, nn.Module) and id(child) not in beside:
             found[f"language.{name}"] = child
     found["language.head"] = lambda hidden: head(lm, hidden)
@@ -121,7 +133,8 @@ def units(vlm: VLM) -> dict[str, Callable[..., Any]]:
 
 
 def _pieces(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.children().items():
+    children: dict[str, Any] = module.children()
+    for name, child in children.items():
         if isinstance(child, list):
             for number, block in enumerate(child):
                 yield from _pieces(block, f"{path}.{name}.{number}")
@@ -195,8 +208,14 @@ def _cast(tree: Any, dtype: mx.Dtype) -> Any:
 
 
 def _noise(*shape: int, seed: int = 0) -> mx.array:
+    """Normal float32 values that every dtype can hold, so that only computing makes differences."""
     # Through the host: devices may draw different last bits.
-    return mx.array(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+    values = mx.array(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+    return _rounded(values)
+
+
+def _rounded(values: mx.array) -> mx.array:
+    return values.astype(mx.bfloat16).astype(mx.float32)
 
 
 def _attention(dtype: mx.Dtype) -> mx.array:
@@ -228,10 +247,10 @@ def _cases() -> list[tuple[int, int]]:
 def _quantised(dtype: mx.Dtype, transpose: bool) -> mx.array:
     """Rows times a 4-bit matrix, as a forward pass has it, or its transpose, as a backward one."""
     with mx.stream(mx.cpu):
-        w, scales, biases = mx.quantize(_noise(512, 512), group_size=64, bits=4)
+        w, scales, biases = mx.quantize(_noise(128, 128), group_size=64, bits=4)
         mx.eval(w, scales, biases)
-    rows = _noise(40, 512, seed=1).astype(dtype)
-    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    rows = _noise(40, 128, seed=1).astype(dtype)
+    scales, biases = (_rounded(part).astype(dtype) for part in (scales, biases))
     return mx.quantized_matmul(rows, w, scales, biases, transpose, group_size=64, bits=4)
 
 
