@@ -111,13 +111,14 @@ def describe(found: Bench) -> dict[str, Any]:
 
 def page(name: str, found: Bench) -> str:
     """The table, for a terminal of 80 columns."""
-    dtypes = found.vision if found.vision == found.language else f"{found.vision}, {found.language}"
     text = [
-        f"{name} on {found.device}; encoder and language model in {dtypes}",
+        f"{name} on {found.device}",
+        f"encoder in {found.vision}, projector in {found.projector}, language model in "
+        f"{found.language}",
         f"a picture is {found.visual} tokens of {found.length}; {found.answer} are answered; "
         f"{found.rows} rows a step",
         "",
-        f"  {'':<16}{'median':>14}{'slowest to quickest':>24}{'of the ceiling':>22}",
+        f"  {'':<18}{'median':>14}{'slowest to quickest':>21}   of the ceiling",
     ]
     text += [_row(rate) for rate in found.rates]
     cache = [rate for rate in found.rates if rate.bound == "the disk"]
@@ -144,7 +145,7 @@ def _row(rate: Rate) -> str:
     share = _share(rate.share or 0.0)
     spread = f"{_digits(rate.low)} to {_digits(rate.high)}"
     median = f"{_digits(rate.median)} {rate.unit}"
-    return f"  {rate.name:<16}{median:>14}{spread:>24}{share:>5} {rate.bound:<16}".rstrip()
+    return f"  {rate.name:<18}{median:>14}{spread:>21}{share:>7} {rate.bound}"
 
 
 def _share(value: float) -> str:

@@ -37,7 +37,7 @@ from ..errors import UsageError
 from ..images.picture import Features, Picture
 from ..language.forward import embedding
 from ..language.generate import generate_tokens
-from ..language.kv import KVSettings, make_caches, nbytes
+from ..language.kv import KVSettings, is_free, make_caches, nbytes
 from ..merge import visual_tokens
 from ..model import VLM
 from ..reply import context_length
@@ -48,7 +48,7 @@ from ..train.stages import STAGES, TrainConfig
 from . import limits
 from .ceilings import disk_rates, matmul_rate, memory_rate
 from .step import step_of
-from .work import decode_work, encoder_flops, prefill_flops
+from .work import decode_work, encoder_flops, prefill_flops, projector_flops
 
 # Tokens of a row and of a prompt, pictures included, and the least text beside them.
 LENGTH, TEXT = 256, 64
@@ -100,13 +100,15 @@ class Rate:
 class Bench:
     """What was measured, and with what.
 
-    matmul: FLOP/s by dtype; memory, disk_write, disk_read: bytes a second. length: tokens of a
-    prompt and of a row, `visual` of them a picture's; views: of a picture; answer: tokens
-    generated; rows: of a step of `stage`.
+    vision, projector, language: their dtypes. matmul: FLOP/s by dtype; memory, disk_write,
+    disk_read: bytes a second. length: tokens of a prompt and of a row, `visual` of them a
+    picture's; views: of a picture; answer: tokens generated; rows: of a step of `stage`.
+    peak_memory: bytes of MLX's, from the encoder on.
     """
 
     device: str
     vision: str
+    projector: str
     language: str
     length: int
     visual: int
@@ -153,21 +155,21 @@ def bench(
     work = _Work(vlm, length, answer, rows, stage, repeats, progress)
     found = work.found
     progress("the machine itself")
-    for dtype in dict.fromkeys([dtype_of(vlm.vision), dtype_of(vlm.language)]):
+    parts = (vlm.vision, vlm.projector, vlm.language)
+    for dtype in dict.fromkeys(map(dtype_of, parts)):
         found.matmul[_name(dtype)] = matmul_rate(dtype)
     found.memory = memory_rate()
     mx.clear_cache()
     mx.reset_peak_memory()
     progress("the encoder")
-    found.rates.append(work.encoder())
+    found.rates += [work.encoder(), work.projector()]
     with tempfile.TemporaryDirectory(dir=folder, prefix="mlxvlm-bench-") as place:
         progress("the embedding cache")
         found.rates += work.cache(Path(place))
     progress("reading and answering a prompt")
-    # Training is last: it changes the model.
-    found.rates[1:1] = work.generation()
+    found.rates += work.generation()
     progress(f"steps of {stage}")
-    found.rates.insert(3, work.training())
+    found.rates.append(work.training())  # last: it changes the model
     found.peak_memory = mx.get_peak_memory()
     return found
 
@@ -203,6 +205,7 @@ class _Work:
             device=f"{info.get('device_name', 'this computer')} "
             f"({'GPU' if device == mx.gpu else 'CPU'})",
             vision=_name(dtype_of(vlm.vision)),
+            projector=_name(dtype_of(vlm.projector)),
             language=_name(dtype_of(vlm.language)),
             length=length,
             visual=visual,
@@ -223,6 +226,17 @@ class _Work:
         flops = encoder_flops(self.vlm) * self.found.views
         return self._rate("encoder", "img/s", len(self.pictures), seconds, flops, self.found.vision)
 
+    def projector(self) -> Rate:
+        """The features of as many pictures to what the language model sees."""
+        vlm = self.vlm
+        features = vlm.encoder.encode(self.pictures)
+        views = mx.stack([view for one in features for view in one.views])
+        cuts = [one.cut for one in features]
+        mx.eval(views)
+        seconds = timed(lambda: mx.eval(vlm.project_views(views, cuts)), self.repeats)
+        flops, dtype = projector_flops(vlm) * self.found.views, self.found.projector
+        return self._rate("projector", "img/s", len(self.pictures), seconds, flops, dtype)
+
     def generation(self) -> list[Rate]:
         """A prompt to its first token, and the tokens after it; the picture is encoded before."""
         vlm, found = self.vlm, self.found
@@ -231,7 +245,7 @@ class _Work:
         mx.eval(embeddings)
         reading: list[float] = []
         answering: list[float] = []
-        state = 0
+        state = 0.0
 
         def run() -> None:
             nonlocal state
@@ -251,7 +265,7 @@ class _Work:
                 pass
             reading.append(first - started)
             answering.append(time.perf_counter() - first)
-            state = nbytes(caches)
+            state = _read_of(caches, found.length + found.answer / 2)
 
         timed(run, self.repeats)
         prompt = prefill_flops(vlm, found.length) / found.length
@@ -265,7 +279,6 @@ class _Work:
                 answering[1:],
                 flops,
                 found.language,
-                # The state has grown to its whole size by the last token, near enough.
                 weights + state,
             ),
         ]
@@ -404,6 +417,15 @@ def timed(run: Callable[[], None], repeats: int) -> list[float]:
         run()
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _read_of(caches: Sequence[Any], tokens: float) -> float:
+    """Bytes of a state that attention reads after so many tokens, without the room for more."""
+
+    def share(cache: Any) -> float:
+        return min(1.0, tokens / cache.keys.shape[2]) if is_free([cache]) else 1.0
+
+    return sum(share(cache) * nbytes([cache]) for cache in caches)
 
 
 def _fitting(vlm: VLM, visual: int, length: int | None, answer: int) -> int:

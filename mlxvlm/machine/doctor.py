@@ -52,6 +52,7 @@ def examine(model: Path, out: Path, progress: Callable[[str], None] = lambda wha
         remedy = "pip install huggingface_hub"
         found.findings.append(Finding(SOFTWARE, "hub", WRONG, "not installed", remedy))
         hub = None
+    numbers: list[Finding] = []
     try:
         import mlx.core as mx
     except ImportError as error:
@@ -72,10 +73,12 @@ def examine(model: Path, out: Path, progress: Callable[[str], None] = lambda wha
     folders = {"models": Path(hub.home) / "hub"} if hub else {}
     found.findings += disks({**folders, "here": out})
     if mx is not None:
-        _compare(found, model, progress)
+        found.differences, numbers = _compare(model, progress)
     if hub is not None:
+        # It has had its time to answer meanwhile.
         progress("the hub")
         found.findings += hub.findings()
+    found.findings += numbers
     return found
 
 
@@ -105,19 +108,20 @@ def judge(differences: Sequence[Difference]) -> list[Finding]:
     return [Finding(NUMERICS, "demo model", OK, says)]
 
 
-def _compare(found: Checkup, model: Path, progress: Callable[[str], None]) -> None:
+def _compare(
+    model: Path, progress: Callable[[str], None]
+) -> tuple[list[Difference], list[Finding]]:
     import mlx.core as mx
 
     if mx.default_device() != mx.gpu:
         says = "there is no GPU here whose numbers could be held against the CPU's"
-        found.findings.append(Finding(NUMERICS, "demo model", UNCHECKED, says))
-        return
+        return [], [Finding(NUMERICS, "demo model", UNCHECKED, says)]
     from ..weights.load import load
     from .numerics import compare
 
     progress("the GPU's numbers, layer by layer")
-    found.differences = compare(lambda: load(model))
-    found.findings += judge(found.differences)
+    differences = compare(lambda: load(model))
+    return differences, judge(differences)
 
 
 def _power() -> list[Finding]:
