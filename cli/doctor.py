@@ -83,12 +83,15 @@ def _lines(finding: Finding, width: int) -> list[str]:
     says = f"not checked: {finding.says}" if finding.level == "not checked" else finding.says
     lines = _wrapped(start, says, width)
     if finding.remedy:
-        lines += _wrapped(" " * len(start) + "-> ", finding.remedy, width)
+        advice, *commands = finding.remedy.splitlines()
+        lines += _wrapped(" " * len(start) + "-> ", advice, width)
+        # To be copied, so never broken.
+        lines += [" " * (len(start) + 3) + command for command in commands]
     return lines
 
 
 def _wrapped(start: str, text: str, width: int) -> list[str]:
-    """Commands and paths stay whole, longer than the line if need be."""
+    """Words, paths among them, stay whole."""
     return textwrap.wrap(
         text,
         max(width, len(start) + 20),

@@ -12,22 +12,32 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny_vlm import LFM2, VOCAB, tiny_config, tiny_vlm
+from tiny_vlm import IMAGE, LFM2, VOCAB, tiny_config, tiny_tokenizer, tiny_vlm
 from typer.testing import CliRunner
 
 from mlxvlm.cli.bench import page
 from mlxvlm.cli.main import app
+from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig, TilingConfig
 from mlxvlm.errors import ConfigError, UsageError
 from mlxvlm.machine import bench, ceilings
 from mlxvlm.machine.bench import Bench, Rate, timed
 from mlxvlm.machine.step import step_of
 from mlxvlm.machine.work import decode_work, encoder_flops, prefill_flops, projector_flops
+from mlxvlm.model import VLM
 from mlxvlm.weights.save import save
 
 # The tiny model: 16 patches of 8 x 8, width 32; a decoder of 2 layers, width 64, 4 heads of 16.
 T, WIDTH, MLP, PATCH = 16, 32, 64, 8
 D, KV, INNER = 64, 32, 96
 LAYER = 2 * D * D + 2 * D * KV + 3 * D * INNER
+
+
+def tiny_vlm_of(config: ModelConfig) -> VLM:
+    """Of another kind, or with a decoder of another kind, than `tiny_vlm` knows to mend."""
+    mx.random.seed(1)
+    vlm = VLM(config, tiny_tokenizer()).eval()
+    mx.eval(vlm.parameters())
+    return vlm
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +80,7 @@ def test_a_prompts_flops(length):
 def test_a_tokens_flops_and_bytes(tied, dtype):
     config = tiny_config()
     config.language["tie_word_embeddings"] = tied
-    from mlxvlm.model import VLM
-
-    vlm = VLM(config)
+    vlm = tiny_vlm_of(config)
     vlm.set_dtype(dtype)
     mx.eval(vlm.parameters())
     flops, read = decode_work(vlm)
@@ -98,10 +106,7 @@ def test_of_experts_only_those_that_are_asked():
     config = tiny_config()
     config.language |= {"model_type": "mixtral", "num_local_experts": 8, "rope_theta": 1e4}
     config.language |= {"num_experts_per_tok": 2}
-    from mlxvlm.model import VLM
-
-    vlm = VLM(config)
-    mx.eval(vlm.parameters())
+    vlm = tiny_vlm_of(config)
     sizes: dict[str, int] = {}
     for name, value in tree_flatten(vlm.language.parameters()):
         kind = "experts" if "switch_mlp" in name else "table" if "embed" in name else "rest"
@@ -229,13 +234,29 @@ def test_a_decoder_with_another_state():
     config = tiny_config()
     config.language = {"model_type": "lfm2", "hidden_size": 64, "num_hidden_layers": 2, **LFM2}
     config.language |= {"vocab_size": VOCAB}
-    from mlxvlm.model import VLM
-
-    vlm = VLM(config, tiny_vlm().tokenizer).eval()
+    vlm = tiny_vlm_of(config)
     work = bench._Work(vlm, 32, 4, 1, "lora", 1, lambda what: None)
     work.found.matmul, work.found.memory = {"float32": 1e10}, 1e10
     prefill, decode = work.generation()
     assert prefill.median > 0 and decode.median > 0 and decode.flops > 0
+
+
+def test_pictures_of_several_views():
+    """The whole and its tiles as one map: a view costs what a view costs."""
+    config = tiny_config(
+        tiling=TilingConfig(type="anyres", image_size=32, grids=((2, 1), (1, 2))),
+        projector=ProjectorConfig(type="mlp"),
+        prompt=PromptConfig(image_token_id=IMAGE, merge="spatial_unpad"),
+    )
+    vlm = tiny_vlm_of(config)
+    work = bench._Work(vlm, None, 8, 1, "pretrain", 1, lambda what: None)
+    found = work.found
+    found.matmul, found.memory = {"float32": 1e10}, 1e10
+    assert found.views == 3 and found.visual > T and found.length > found.visual
+    assert work.encoder().flops == 3 * encoder_flops(vlm)
+    assert work.projector().flops == 3 * projector_flops(vlm)
+    assert [rate.amount for rate in work.generation()] == [found.length, 7]
+    assert work.training().amount == found.length
 
 
 def test_a_length_that_cannot_be():

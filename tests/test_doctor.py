@@ -22,6 +22,7 @@ from mlxvlm.config import ProjectorConfig
 from mlxvlm.machine import access, blas, device, doctor, limits, numerics, software
 from mlxvlm.machine.finding import LEVELS, NOTE, OK, UNCHECKED, WRONG, Finding
 from mlxvlm.machine.numerics import Difference
+from mlxvlm.weights.save import save
 
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -394,6 +395,18 @@ def tiny_vlm_of(config):
     return vlm.eval()
 
 
+def test_a_gpu_is_compared(monkeypatch, tmp_path):
+    """On a machine whose GPU is its CPU, but for the name."""
+    save(tiny_vlm(), tmp_path)
+    real = numerics.compare
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(numerics, "compare", lambda load: real(load, mx.cpu, FLOATS[:2]))
+    differences, (finding,) = doctor._compare(tmp_path, lambda what: None)
+    assert finding.level == OK and "18 layers and operations agree" in finding.says
+    assert "0 in float32" in finding.says and "in bfloat16" in finding.says
+    assert {one.dtype for one in differences} == {"float32", "bfloat16"}
+
+
 def test_recording_leaves_the_model_as_it_was():
     vlm = tiny_vlm()
     kinds = [type(module) for module in vlm.modules()]
@@ -422,6 +435,7 @@ def test_nothing_wrong_is_exit_code_0(quiet):
     assert done.exit_code == 0, done.output
     assert "Nothing is wrong." in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "  ok    mlx " in done.stdout
     if mx.default_device() == mx.cpu:
         assert "not checked: there is no GPU here" in " ".join(done.stdout.split())
 
@@ -445,6 +459,14 @@ def test_mlx_that_cannot_be_imported_is_a_finding(quiet, tmp_path):
     found = doctor.examine(tmp_path, tmp_path)
     assert [(f.name, f.says) for f in found.wrong] == [("device", "MLX is not installed")]
     assert {"Software", "Machine", "Disk", "Hub"} == {f.area for f in found.findings}
+
+
+def test_a_command_is_never_broken():
+    command = "export LD_PRELOAD=" + "/usr/lib" * 12
+    finding = Finding("Machine", "BLAS", NOTE, "slow " * 30, f"with it {'all ' * 30}:\n{command}")
+    lines = page(doctor.Checkup([finding]), 80).splitlines()
+    assert [line for line in lines if line.strip() == command]
+    assert max(len(line) for line in lines if command not in line) <= 80
 
 
 def test_the_table_of_layers_fits_80_columns():

@@ -74,7 +74,8 @@ class Hub:
         except urllib.error.HTTPError:
             pass  # it answered, if not with a page
         except (OSError, ValueError) as error:
-            self.answer = str(getattr(error, "reason", error))
+            reason = getattr(error, "reason", error)
+            self.answer = getattr(reason, "strerror", None) or str(reason)
             return
         self.answer = "reached"
 
@@ -88,7 +89,7 @@ class Hub:
             found.append(Finding(HUB, "account", OK, "a token is there, for gated models"))
         else:
             says = "no token: open models alone, which is enough for most"
-            remedy = "For gated models, such as Llama's: hf auth login"
+            remedy = "For gated models, such as Llama's:\nhf auth login"
             found.append(Finding(HUB, "account", OK, says, remedy))
         return found
 

@@ -46,7 +46,7 @@ def blas() -> Finding:
     if better < WORTH * rate:
         says += f"; {_told(better)} by {path}, which is no great difference"
         return Finding("Machine", "BLAS", OK, says)
-    remedy = f"{_told(better)} with: export LD_PRELOAD={shlex.quote(str(path))}"
+    remedy = f"{_told(better)} with it loaded first:\nexport LD_PRELOAD={shlex.quote(str(path))}"
     return Finding("Machine", "BLAS", NOTE, says, remedy)
 
 

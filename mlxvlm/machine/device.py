@@ -42,7 +42,7 @@ def _device() -> Finding:
         )
         return Finding(AREA, "device", WRONG, says, remedy)
     if NVIDIA.exists():
-        remedy = "There is an NVIDIA driver: pip install 'mlxvlm[cuda13]' (or cuda12) to use it."
+        remedy = "There is an NVIDIA driver. To use it (or cuda12):\npip install 'mlxvlm[cuda13]'"
         return Finding(AREA, "device", NOTE, says, remedy)
     return Finding(AREA, "device", OK, says)
 
@@ -65,7 +65,7 @@ def _wired(size: int) -> Finding:
     says = f"iogpu.wired_limit_mb is {size // 2**20:,}: the GPU may keep {amount(size)}"
     if size > MOST_WIRED * limits.memory_size():
         remedy = (
-            "That leaves macOS too little, and it may freeze: sudo sysctl iogpu.wired_limit_mb="
+            "That leaves macOS too little, and it may freeze:\nsudo sysctl iogpu.wired_limit_mb="
             f"{int(0.8 * limits.memory_size()) // 2**20}"
         )
         return Finding(AREA, "wired limit", WRONG, says, remedy)

@@ -73,7 +73,7 @@ def _system() -> Finding:
         return Finding(AREA, "system", NOTE, says, remedy)
     if _has_matrix_units() and have < MATRIX_MACOS:
         remedy = "M5's matrix units, 3 to 4 times as quick, need macOS 26.2 or newer: update it."
-        return Finding(AREA, "system", NOTE, says, f"{remedy} Then: {ANEW}")
+        return Finding(AREA, "system", NOTE, says, f"{remedy} Then:\n{ANEW}")
     return Finding(AREA, "system", OK, says)
 
 
@@ -82,7 +82,7 @@ def _package(name: str) -> Finding:
     wanted = f"{least} or newer" + (f", below {below}" if below else "")
     asked = f"{name}>={least}" + (f",<{below}" if below else "")
     version = installed(name)
-    remedy = f"Install a release that mlxvlm knows: pip install '{asked}'"
+    remedy = f"Install a release that mlxvlm knows:\npip install '{asked}'"
     if version is None:
         return Finding(AREA, name, WRONG, f"not installed (needed: {wanted})", remedy)
     fits = numbers(version) >= numbers(least) and not (below and numbers(version) >= numbers(below))
@@ -96,7 +96,7 @@ def _metal() -> Finding:
     version, other = installed("mlx-metal"), installed("mlx")
     if version is None or version != other:
         says = f"{version or 'not installed'}, beside mlx {other or '(none)'}"
-        return Finding(AREA, "mlx-metal", WRONG, says, f"They must be of one version: {ANEW}")
+        return Finding(AREA, "mlx-metal", WRONG, says, f"They must be of one version:\n{ANEW}")
     text = metadata.distribution("mlx-metal").read_text("WHEEL") or ""
     built = re.search(r"macosx_(\d+)_", text)
     have = numbers(platform.mac_ver()[0])
@@ -104,9 +104,9 @@ def _metal() -> Finding:
         return Finding(AREA, "mlx-metal", OK, version)
     says = f"{version}, built for macOS {built[1]}"
     if int(built[1]) > have[0]:
-        return Finding(AREA, "mlx-metal", WRONG, says, f"This macOS is older: {ANEW}")
+        return Finding(AREA, "mlx-metal", WRONG, says, f"This macOS is older:\n{ANEW}")
     if _has_matrix_units() and have >= MATRIX_MACOS and int(built[1]) < MATRIX_MACOS[0]:
-        remedy = f"It leaves M5's matrix units unused, pip chose it before the update: {ANEW}"
+        remedy = f"It leaves M5's matrix units unused, pip chose it before the update:\n{ANEW}"
         return Finding(AREA, "mlx-metal", NOTE, says, remedy)
     return Finding(AREA, "mlx-metal", OK, says)
 
