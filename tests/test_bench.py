@@ -151,11 +151,11 @@ def test_a_whole_bench(tmp_path):
     assert [rate.name for rate in found.rates] == [
         "encoder",
         "projector",
-        "cache, writing",
-        "cache, reading",
         "prefill",
         "decode",
         "training, lora",
+        "cache, writing",
+        "cache, reading",
     ]
     assert 0 < sum(sum(rate.seconds) for rate in found.rates) < wall
     for rate in found.rates:

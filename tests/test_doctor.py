@@ -168,6 +168,15 @@ def test_a_mac_without_gpu_is_wrong_and_linux_with_one_unused_is_told(mac, monke
     assert found.level == NOTE and "mlxvlm[cuda13]" in found.remedy
 
 
+def test_swap(mac):
+    told = "total = 4096.00M  used = {}M  free = 1.00M  (encrypted)\n"
+    for used, level in (("12.25", OK), ("3000.00", NOTE)):
+        mac.says["vm.swapusage"] = told.format(used)
+        assert [f.level for f in device.devices() if f.name == "swap"] == [level]
+    mac.says["vm.swapusage"] = "something else"
+    assert not [f for f in device.devices() if f.name == "swap"]
+
+
 def test_power(mac, monkeypatch):
     mac.says |= {"-g batt": "Now drawing from 'Battery Power'\n 81%;", "-g": " lowpowermode  1\n"}
     battery, low = doctor._power()

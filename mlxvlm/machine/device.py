@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ import mlx.core as mx
 from ..amount import amount
 from . import limits
 from .finding import NOTE, OK, WRONG, Finding
+from .macos import ask
 
 AREA = "Machine"
 NVIDIA = Path("/proc/driver/nvidia/version")
 # Of the RAM: beyond it nothing is left for macOS, which then stops answering.
 MOST_WIRED = 0.9
 SMALL = 8 * 2**30
+MUCH_SWAPPED = 2 * 2**30
 
 
 def devices() -> list[Finding]:
@@ -26,6 +29,9 @@ def devices() -> list[Finding]:
     wired = limits.wired_limit()
     if wired is not None:
         found.append(_wired(wired))
+    swapped = _swapped()
+    if swapped is not None:
+        found.append(_swap(swapped))
     return [*found, _files()]
 
 
@@ -70,6 +76,20 @@ def _wired(size: int) -> Finding:
         )
         return Finding(AREA, "wired limit", WRONG, says, remedy)
     return Finding(AREA, "wired limit", OK, says)
+
+
+def _swapped() -> int | None:
+    """Bytes that a Mac has swapped out; None elsewhere."""
+    done = ask("/usr/sbin/sysctl", "-n", "vm.swapusage")
+    used = re.search(r"used = ([\d.]+)M", done.stdout) if done else None
+    return int(float(used[1]) * 2**20) if used else None
+
+
+def _swap(size: int) -> Finding:
+    if size < MUCH_SWAPPED:
+        return Finding(AREA, "swap", OK, f"{amount(size)} in use")
+    remedy = "Memory is short, and a run would be slow: close programs that hold much of it."
+    return Finding(AREA, "swap", NOTE, f"{amount(size)} in use", remedy)
 
 
 def _files() -> Finding:
