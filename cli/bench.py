@@ -55,7 +55,7 @@ def bench(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--cache",
+            "--folder",
             metavar="DIR",
             help="A folder on the disk to measure; what is put there is deleted again. Default: "
             "where temporary files go.",
@@ -74,7 +74,7 @@ def bench(
     from mlxvlm.errors import UsageError
 
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"--cache {folder} is no folder that is there: name one on the disk.")
+        raise UsageError(f"--folder {folder} is no folder that is there: name one on the disk.")
 
     from mlxvlm.machine.bench import bench as measure
     from mlxvlm.weights.load import load

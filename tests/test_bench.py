@@ -309,7 +309,7 @@ def model(tmp_path) -> Path:
 
 def test_the_command(model, tmp_path):
     flags = ["bench", "-m", str(model), "--length", "32", "--max-tokens", "4", "--repeats", "1"]
-    flags += ["--batch-size", "1", "--cache", str(tmp_path)]
+    flags += ["--batch-size", "1", "--folder", str(tmp_path)]
     done = CliRunner().invoke(app, [*flags, "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
@@ -317,7 +317,7 @@ def test_the_command(model, tmp_path):
     for rate in told["rates"]:
         assert rate["median"] > 0 and rate["median"] == rate["low"] == rate["high"]
     assert [*tmp_path.iterdir()] == [model]
-    done = CliRunner().invoke(app, flags[:-2] + ["--cache", str(tmp_path / "none")])
+    done = CliRunner().invoke(app, flags[:-2] + ["--folder", str(tmp_path / "none")])
     assert done.exit_code == 2 and "no folder" in done.stderr
 
 
