@@ -183,6 +183,8 @@ def test_runs_from_the_encoder_to_the_report(tmp_path, monkeypatch, capsys):
         for name in (variants.FIRST, "lora", "sft-25")
     ]
     monkeypatch.setattr(study_run, "CHATS", 2)
+    monkeypatch.setattr(study_report, "BLIND_EACH", 2)
+    monkeypatch.setattr(study_report, "BLIND_SCENES", 20)
     out = tmp_path / "study"
     study.prepare(out, tmp_path / "encoder", [0], chosen, 24)
     monkeypatch.chdir(out)
@@ -232,7 +234,9 @@ def test_students_t_holds_what_it_promises():
     assert 0.94 < inside / 4000 < 0.96
 
 
-def test_a_table_has_a_row_for_each_variant_that_has_run(tmp_path, capsys):
+def test_a_table_has_a_row_for_each_variant_that_has_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study_report, "BLIND_EACH", 2)
+    monkeypatch.setattr(study_report, "BLIND_SCENES", 20)
     for seed, right in enumerate((7, 8, 9)):
         folder = tmp_path / "runs" / f"attention-{seed}"
         folder.mkdir(parents=True)

@@ -24,7 +24,7 @@ from examples.shapes.study_variants import ALL, LABELS, NAMES, STUDIES
 # Student's t, two-sided 95%, by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TITLES = {
-    "projectors": "Projectors and caches",
+    "projectors": "Projectors",
     "parts": "What trains beside a fresh projector, and from what features",
     "recipe": "What the recipe's parts do",
     "amount": "Fewer pictures",
@@ -72,8 +72,8 @@ def collect(out: Path) -> dict[str, Runs]:
 
 
 def of(runs: Runs, stage: str) -> Share | None:
-    """The share right after a stage; None where it did not run."""
-    if not all(stage in run for run in runs):
+    """The share right after a stage; None where none ran, or not that stage."""
+    if not runs or not all(stage in run for run in runs):
         return None
     return share([[run[stage]["right"][kind] for kind in KINDS] for run in runs])
 
@@ -102,7 +102,7 @@ def table(study: str, found: dict[str, Runs]) -> str:
     for name in STUDIES[study]:
         runs = found.get(name, [])
         right = of(runs, stage)
-        if not runs or right is None:
+        if right is None:
             continue
         kinds = [*KINDS, "chats"] if study == SECOND else KINDS
         each = [share([[run[stage]["right"][kind]] for run in runs]).mean for kind in kinds]
@@ -141,7 +141,7 @@ def draw(found: dict[str, Runs], path: Path, guessed: float) -> None:
     rows: list[tuple[str, str, Share | None]] = []
     for study, names in STUDIES.items():
         stage = "sft" if study == SECOND else "pretrain"
-        here = [(study, name, of(found[name], stage)) for name in names if name in found]
+        here = [(study, name, of(found.get(name, []), stage)) for name in names]
         here = [row for row in here if row[2] is not None]
         rows += [(study, "", None), *here] if here else []
     size = (LEFT + PLOT + RIGHT, TOP + LINE * len(rows) + 28)
