@@ -247,7 +247,7 @@ def test_a_table_has_a_row_for_each_variant_that_has_run(tmp_path, capsys, monke
     (folder / "result.json").write_text(json.dumps(result("attention-mean2", 0, 1)))
     study_report.write(tmp_path)
     told = capsys.readouterr().out
-    assert told.count("| **80.0** | 55.2 to 100.0 | 72.0 to 86.2 |") == 3
+    assert told.count("| **80.0** | 55.2 to 100.0 | 72.0 to 86.2 |") == 4
     assert "| two-block attention | 3 |" in told and "| mean 2 x 2 + attention | 1 |" in told
     assert "| the recipe | 3 |" in told and "What trains beside" not in told
     page = tmp_path / "page.md"
@@ -257,4 +257,4 @@ def test_a_table_has_a_row_for_each_variant_that_has_run(tmp_path, capsys, monke
     study_report.write(tmp_path, page=page)
     text = page.read_text()
     assert text.count("| two-block attention | 3 |") == 1 and text.endswith("-->\nthe end\n")
-    assert "old" not in text and text.startswith("projectors\n<!-- projectors -->\n| | runs |")
+    assert "old" not in text and text.startswith("projectors\n<!-- projectors -->\n|  | runs |")
