@@ -56,7 +56,7 @@ def weights(raw: dict) -> dict[str, mx.array]:
     return found
 
 
-def save(out: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **changes: int) -> int:
+def save(out: Path, seed: int = 0, tokenizer: Tokenizer | None = None, /, **changes: int) -> int:
     """Writes the folder; the number of tokens in the vocabulary.
 
     tokenizer: one with the same `CONTROLS`, instead of the drawn world's. `changes` are to the
