@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from checkpoints import Tensors, old_rope, read, rename
-from tiny_tokenizers import byte_level, write_folder
+from tiny_tokenizers import WORDS, byte_level, write_folder
 
 LAYOUTS = ("transformers5", "memory", "opengvlab")
 CONTROL = (
@@ -41,6 +41,17 @@ NAMES = {
     "multi_modal_projector.linear_1.": "mlp1.1.",
     "multi_modal_projector.linear_2.": "mlp1.3.",
 }
+INTERNLM2 = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "self_attn.q_proj": "attention.wqkv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "language_model.lm_head": "language_model.output",
+}
 # What transformers 4 wrote of every decoder, though it says nothing about one forward pass.
 DUMPED = {
     "_attn_implementation_autoset": True,
@@ -61,6 +72,56 @@ DUMPED = {
 def internvl_tokenizer() -> Any:
     """A byte-level tokenizer with the control tokens of InternVL on a Qwen2.5."""
     return byte_level(CONTROL)
+
+
+def sentencepiece_model(folder: Path, prefix: bool = True, remove: bool = False) -> Path:
+    """A tokenizer as InternLM2's repositories have it, of few pieces: BPE with bytes, two control
+    tokens in the places of vacant pieces, three behind them."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vacant = [f"[UNUSED_TOKEN_{i}]" for i in range(6)]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS)] * 3 + ["你好 how  many\nred circles"]),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=340 + len(vacant),
+        byte_fallback=True,
+        user_defined_symbols=vacant,
+        normalization_rule_name="identity",
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=remove,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    # The trainer puts such pieces first, InternLM2 has them last.
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    path = folder / "tokenizer.model"
+    model.ParseFromString(path.read_bytes())
+    pieces = sorted(model.pieces, key=lambda piece: piece.piece in vacant)
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    path.write_bytes(model.SerializeToString())
+    size = len(pieces)
+    names = {size - 1: "<|im_start|>", size - 2: "<|im_end|>"}
+    names |= {size: "<img>", size + 1: "</img>", size + 2: "<IMG_CONTEXT>"}
+    decoder = {
+        str(i): {"content": name, "lstrip": False, "normalized": False, "special": True}
+        for i, name in names.items()
+    }
+    settings = {
+        "added_tokens_decoder": decoder,
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "tokenizer_class": "InternLM2Tokenizer",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def write_internvl(folder: Path, large: bool = False, tied: bool = False) -> Path:
@@ -192,6 +253,41 @@ def rewrite(source: Path, folder: Path, layout: str, **changes: Any) -> Path:
     config = {k: v for k, v in {**config, **changes}.items() if v is not None}
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    return folder
+
+
+def internlm2(source: Path, folder: Path) -> Path:
+    """An InternVL on a Llama, in OpenGVLab's layout, with the Llama written as an InternLM2: the
+    same numbers under other names, a group's queries, key and value in one matrix."""
+    rewrite(source, folder, "opengvlab")
+    (folder / "tokenizer.json").unlink()
+    sentencepiece_model(folder)
+    config, tensors = read(folder)
+    text = config["llm_config"]
+    heads, groups = text["num_attention_heads"], text["num_key_value_heads"]
+    out: Tensors = {}
+    for name, value in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            each, columns = text["hidden_size"] // heads, value.shape[1]
+            parts = [
+                tensors[name.replace("q_proj", part)].reshape(groups, -1, each, columns)
+                for part in ("q_proj", "k_proj", "v_proj")
+            ]
+            value = mx.concatenate(parts, axis=1).reshape(-1, columns)
+        for theirs, other in INTERNLM2.items():
+            name = name.replace(theirs, other)
+        out[name] = value
+    config["llm_config"] = {
+        **{k: v for k, v in text.items() if k not in ("attention_bias", "mlp_bias", "head_dim")},
+        "model_type": "internlm2",
+        "architectures": ["InternLM2ForCausalLM"],
+        "bias": False,
+        "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), out, {"format": "pt"})
     return folder
 
 

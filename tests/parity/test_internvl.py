@@ -3,6 +3,7 @@ files, with the tower of the small models and with that of the large ones."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from internvl_folders import LAYOUTS, internvl_tokenizer, rewrite  # noqa: E402
+from internvl_folders import LAYOUTS, internlm2, internvl_tokenizer, rewrite  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_tokenizers import write_folder  # noqa: E402
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (  # noqa: E402
@@ -143,6 +144,75 @@ def test_pixels_ids_and_logits(internvl: Any, layout: str, tmp_path: Path) -> No
         found = np.array(vlm(prompt.tokens, prompt.pictures))
         assert np.abs(wanted).max() > 1
         assert np.abs(found - wanted).max() < 1e-4, (image.size, np.abs(found - wanted).max())
+
+
+def test_an_internlm2_is_the_llama_that_it_was_made_of(tmp_path: Path) -> None:
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**KINDS["300M"][0]),
+        text_config=transformers.LlamaConfig(**DECODER, vocab_size=400),
+        tie_word_embeddings=False,
+        image_token_id=399,
+    )
+    model = transformers.InternVLForConditionalGeneration(config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape) * 0.2 + (1 if "norm" in name and p.ndim == 1 else 0))
+    model.save_pretrained(tmp_path / "llama")
+    write_folder(tmp_path / "llama", internvl_tokenizer(), preprocessor_config={"max_patches": 6})
+    vlm = mlxvlm.load(internlm2(tmp_path / "llama", tmp_path / "internlm2"))
+    assert vlm.config.language["model_type"] == "internlm2"
+    question = [{"role": "user", "content": "What is this?"}]
+    prompt = vlm.tokenize(question, [pictures()[0]])
+    assert prompt.tokens[0] == vlm.tokenizer.bos_token_id == 1
+    ids = prompt.tokens.copy()
+    ids[ids == vlm.config.prompt.image_token_id] = 399
+    pixels = np.array(vlm.encoder.pixels(prompt.pictures)).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(ids[None]), pixel_values=torch.tensor(pixels))
+    found = np.array(vlm(prompt.tokens, prompt.pictures))
+    assert np.abs(found - out.logits.numpy()).max() < 1e-4
+    reply = vlm.generate(question, [pictures()[0]], max_tokens=32)
+    never = [vlm.config.prompt.image_token_id, *range(vlm.tokenizer.vocab_size, 400)]
+    said = model.generate(
+        input_ids=torch.tensor(ids[None]),
+        pixel_values=torch.tensor(pixels),
+        max_new_tokens=32,
+        do_sample=False,
+        suppress_tokens=never,
+        eos_token_id=sorted(vlm.tokenizer.eos_token_ids),
+        pad_token_id=0,
+    )[0, len(ids) :].tolist()
+    assert reply.tokens == said and len(set(said)) > 3
+
+
+def test_qwen_files_without_a_tokenizer_json(internvl: Any, tmp_path: Path) -> None:
+    """OpenGVLab's repositories have vocab.json, merges.txt and the added tokens."""
+    _, folder, _ = internvl
+    place = rewrite(folder, tmp_path / "old", "opengvlab")
+    state = json.loads((place / "tokenizer.json").read_text())
+    (place / "tokenizer.json").unlink()
+    (place / "vocab.json").write_text(json.dumps(state["model"]["vocab"], ensure_ascii=False))
+    merges = [" ".join(pair) for pair in state["model"]["merges"]]
+    (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    names = {token["content"]: token["id"] for token in state["added_tokens"]}
+    (place / "added_tokens.json").write_text(json.dumps(names))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "special": True}
+    settings = {
+        "added_tokens_decoder": {str(i): {"content": name, **flags} for name, i in names.items()},
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    vlm = mlxvlm.load(place)
+    assert vlm.config.prompt.image_token_id == names["<IMG_CONTEXT>"]
+    theirs = transformers.Qwen2Tokenizer.from_pretrained(str(place))
+    text = "What is this picture?\n\n12 éß 你好"
+    prompt = vlm.tokenize([{"role": "user", "content": text}])
+    whole = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n"
+    wanted = theirs(whole + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    assert prompt.tokens.tolist() == wanted
 
 
 def test_two_pictures_of_two_sizes_in_one_turn(internvl: Any) -> None:
