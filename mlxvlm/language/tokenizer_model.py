@@ -7,6 +7,7 @@ control tokens that take the places of vacant pieces ([UNUSED_TOKEN_145]) or sta
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ SPACE = "▁"
 
 def convert(folder: Path) -> Any:
     """The tokenizer of `folder`/tokenizer.model with the added tokens that the folder names."""
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    model = sentencepiece_model_pb2.ModelProto()
+    # Made at import, so that no type checker knows what is in it.
+    protos: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    model = protos.ModelProto()
     try:
         model.ParseFromString((folder / FILE).read_bytes())
     except Exception as error:  # protobuf's own, which differ between its builds
