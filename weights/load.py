@@ -24,7 +24,16 @@ from mlxvlm.projectors.build import build_projector
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
-from mlxvlm.weights.families import clip, llava, llava_next, llava_original, native, siglip
+from mlxvlm.weights.families import (
+    clip,
+    internvit,
+    internvl,
+    llava,
+    llava_next,
+    llava_original,
+    native,
+    siglip,
+)
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
 from mlxvlm.weights.hub import Download, resolve, resolve_outline
 from mlxvlm.weights.tensors import fill, fit, parse_dtype, rename_quantization, stored_quantization
@@ -34,8 +43,8 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original)
-ENCODERS = (siglip, clip)
+WHOLE = (native, llava, llava_next, llava_original, internvl)
+ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
 
@@ -310,6 +319,8 @@ def _open_whole(
         config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
     if family in (llava, llava_next):
         choose_prompt(config, tokenizer, folder)
+    elif family is internvl:
+        internvl.find_image_token(config, checkpoint, tokenizer)
     return family, checkpoint, config, tokenizer
 
 

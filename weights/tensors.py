@@ -127,7 +127,8 @@ def fit(
     source = _names(checkpoint, rename, prefixes, where)
     raw = checkpoint.read(source.values())
     weights = {name: raw.pop(key) for name, key in source.items()}
-    weights = _sanitized(module, weights)
+    for part in ("language", "vision"):
+        weights = _sanitized(module, weights, part)
     weights = {n: _channels_last(n, w, checkpoint.writer) for n, w in weights.items()}
     # Before a quantised table becomes a dense one, so that it is not rounded on the way.
     weights = {n: w.astype(cast_dtype(n, w.dtype, dtype)) for n, w in weights.items()}
@@ -166,21 +167,23 @@ def _names(
     return names
 
 
-def _sanitized(module: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Lets mlx-lm's class rename, stack or drop what it knows of its own family."""
-    language = getattr(module, "language", None)
-    if language is None or not hasattr(language, "sanitize"):
+def _sanitized(module: nn.Module, weights: dict[str, mx.array], part: str) -> dict[str, mx.array]:
+    """Lets a language model's class (mlx-lm's) or a tower rename, join or drop what it knows of its
+    own family."""
+    owner = getattr(module, part, None)
+    if owner is None or not hasattr(owner, "sanitize"):
         return weights
-    prefix = "language."
+    prefix = f"{part}."
     mine = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
     if not mine:
         return weights
     rest = {n: w for n, w in weights.items() if not n.startswith(prefix)}
     try:
-        mine = language.sanitize(mine)
+        mine = owner.sanitize(mine)
     except (KeyError, ValueError, IndexError) as error:
+        kind = getattr(owner, "model_type", None) or owner.config.model_type
         raise WeightsError(
-            f"the language model's tensors are not those of a {language.model_type!r}: "
+            f"the {part} model's tensors are not those of a {kind!r}: "
             f"{error} is missing or misshapen."
         ) from None
     return {**rest, **{prefix + n: w for n, w in mine.items()}}
