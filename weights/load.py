@@ -56,7 +56,7 @@ def load(
 
     wanted = parse_dtype(dtype)
     folder = resolve(path_or_hub_id, revision, report)
-    family, checkpoint, config, tokenizer = _open_whole(folder)
+    family, checkpoint, config, tokenizer = open_whole(folder)
     vlm = VLM(config, tokenizer)
     fill(vlm, checkpoint, family.rename, dtype=wanted, quantization=config.quantization)
     if adapter is not None:
@@ -78,7 +78,7 @@ def outline(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[VL
 
     folder, headers = resolve_outline(path_or_hub_id, revision)
     opened = Checkpoint.open if headers is None else partial(Outline.of, headers=headers)
-    family, checkpoint, config, tokenizer = _open_whole(folder, opened)
+    family, checkpoint, config, tokenizer = open_whole(folder, opened)
     vlm = VLM(config, tokenizer)
     weights = fit(vlm, checkpoint, family.rename, quantization=config.quantization)
     vlm.load_weights(list(weights.items()), strict=False)
@@ -90,7 +90,7 @@ def load_prompting(
     path_or_hub_id: str | Path, revision: str | None = None, report: Report | None = None
 ) -> tuple[ModelConfig, Tokenizer]:
     """A whole model's choices and its tokenizer, without its weights."""
-    *_, config, tokenizer = _open_whole(resolve(path_or_hub_id, revision, report))
+    *_, config, tokenizer = open_whole(resolve(path_or_hub_id, revision, report))
     return config, tokenizer
 
 
@@ -256,6 +256,21 @@ def choose_prompt(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> No
         config.prompt.layout = "mistral"
 
 
+def open_whole(
+    folder: Path, opened: Callable[[Path], Checkpoint] = Checkpoint.open
+) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
+    """A whole model's family, checkpoint, choices and tokenizer; no tensor is read."""
+    from mlxvlm.language.tokenizer import Tokenizer
+
+    family = _family(folder, WHOLE, "a vision-language model")
+    checkpoint = opened(folder)
+    config = model_config(checkpoint, family)
+    tokenizer = Tokenizer.load(folder)
+    if family in (llava, llava_next):
+        choose_prompt(config, tokenizer, folder)
+    return family, checkpoint, config, tokenizer
+
+
 def layout_for(tokenizer: Tokenizer) -> str:
     """The prompt layout that a tokenizer's control tokens and template ask for."""
     if tokenizer.id("<|start_header_id|>") is not None:
@@ -279,20 +294,6 @@ def _asked(tokenizer: Tokenizer) -> list[str]:
 
 def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] | None:
     return rename_quantization(stored_quantization(checkpoint.config), family.rename)
-
-
-def _open_whole(
-    folder: Path, opened: Callable[[Path], Checkpoint] = Checkpoint.open
-) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
-    from mlxvlm.language.tokenizer import Tokenizer
-
-    family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = opened(folder)
-    config = model_config(checkpoint, family)
-    tokenizer = Tokenizer.load(folder)
-    if family in (llava, llava_next):
-        choose_prompt(config, tokenizer, folder)
-    return family, checkpoint, config, tokenizer
 
 
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:
