@@ -348,7 +348,11 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     assert "has no weights" in message(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/x'\ntR.")
     assert "pickles (pytorch_model.bin)" in message(folder)
-    assert "save_pretrained" in message(folder)
+    (folder / "training_args.bin").write_bytes(b"\x80")  # no weights, so no part of the command
+    told = message(folder)
+    assert "weights_only=True" in told and told.endswith(
+        f'sys.argv[1:]]" {folder}/pytorch_model.bin'
+    )
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-1.safetensors").write_bytes(whole)

@@ -35,10 +35,8 @@ KEPT = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass
@@ -97,7 +95,7 @@ def convert(
         quantise=choice.settings,
     )
     out.mkdir(parents=True, exist_ok=True)
-    keep_files(folder, out)
+    keep_files(folder, out, (*KEPT, *LICENCES))
     save(vlm, out, shard_bytes)
     size = sum(value.nbytes for _, value in _tensors(vlm))
     layers = Counter(
@@ -117,9 +115,9 @@ def refuse_adapters(folder: Path) -> None:
             )
 
 
-def keep_files(folder: Path, out: Path) -> None:
-    """Copies what else belongs to a model: processors, a sentencepiece model, its licence."""
-    for pattern in KEPT:
+def keep_files(folder: Path, out: Path, patterns: Sequence[str]) -> None:
+    """Copies what else belongs to a model."""
+    for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, out / file.name)
