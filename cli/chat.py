@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from collections.abc import Generator
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mlxvlm.cli.boundary import describe
-from mlxvlm.errors import ConfigError, PictureError, UsageError
+from mlxvlm.cli.lines import text_of
+from mlxvlm.cli.talk import Talk, checked, loop, note
+from mlxvlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.cache import EmbeddingCache
-    from mlxvlm.chat import Conversation
-    from mlxvlm.cli.draw import Drawing
+    from mlxvlm.cli.batch import BatchFile
     from mlxvlm.prompt_cache import PromptCache
-    from mlxvlm.reply import Chunk, Reply
-
-HELP = """\
-/image PATH...  show pictures; the next question is about them (quote a path with spaces)
-/retry [TEMP]   ask the last question again, at another temperature if you like
-/clear          forget the conversation and its pictures
-/help           show this
-/exit           leave, as Ctrl-D does
-Ctrl-C stops an answer and keeps the conversation."""
 
 DEMO = "demo"
-# For what the small model does not know: LLaVA-1.5 7B in 4 bits, ungated.
-LARGER = "mlx-community/llava-1.5-7b-4bit"
-LARGER_SIZE = "4 GB"
 # What an option is where it is not given.
 MODELS_CHOICE = "Default: as the model's generation_config.json says, else "
 
@@ -132,6 +117,29 @@ def chat(
             help="Draw the boxes that an answer names on the last picture shown (PNG, JPEG, WebP).",
         ),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="FILE",
+            help="Answer a .jsonl file of questions, many at a time, into --out. A row has "
+            '"prompt" or "messages", and "image" or "images", beside the file.',
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="With --batch: a line for each row, as it is answered; run again, it goes on.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, help="With --batch: questions answered together. Default: 8."
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="What tensors become. Default: as stored."),
@@ -184,13 +192,27 @@ def chat(
     ] = False,
 ) -> None:
     """Talk about pictures: a prompt loop, or one answer with -p."""
-    paths = [_checked(image) for image in images or []]
+    paths = [checked(image) for image in images or []]
+    file = None
+    if batch is not None:
+        others = {
+            "IMAGE": paths,
+            "--prompt": prompt,
+            "--json": as_json,
+            "--draw": draw,
+            "--prompt-cache": prompt_cache,
+            "--max-kv-size": max_kv_size,
+            "--kv-bits": kv_bits,
+        }
+        file = _batch_file(batch, out, text_of(system), others)
+    elif out is not None or batch_size is not None:
+        raise UsageError("--out and --batch-size go with --batch FILE, which is not given.")
     question = _question(prompt, as_json)
     drawing = None
     if draw is not None:
         from mlxvlm.cli.draw import Drawing
 
-        drawing = Drawing(draw, allow_urls, tell=_note)
+        drawing = Drawing(draw, allow_urls, tell=note)
         drawing.check(paths)
         if question is not None and not paths:
             raise UsageError("--draw wants a picture to draw on: mlxvlm chat photo.jpg --draw ...")
@@ -227,14 +249,19 @@ def chat(
         adapter=adapter_path,
         dtype=dtype,
         revision=revision,
-        report=lambda download: _note(str(download)),
+        report=lambda download: note(str(download)),
     )
     if model is None and not as_json:
         about = vlm.config.about or "This is the small model that comes with mlxvlm."
-        _note(f"{about} -m names a real model: a folder or a hub id.")
+        note(f"{about} -m names a real model: a folder or a hub id.")
+    if file is not None:
+        sizes = {} if batch_size is None else {"batch_size": batch_size}
+        reuse = Reuse(vlm, cache=opened)
+        file.answer(vlm, allow_urls=allow_urls, reuse=reuse, stop=stop or (), **sizes, **settings)
+        return
     conversation = Conversation(
         vlm,
-        system=_text(system),
+        system=text_of(system),
         allow_urls=allow_urls,
         reuse=Reuse(vlm, cache=opened, disk=disk),
         stop=stop or (),
@@ -246,7 +273,7 @@ def chat(
     conversation.add(*paths)
     talk = Talk(conversation, paths, drawing, hints=model is None)
     if question is None:
-        _loop(talk)
+        loop(talk)
     elif as_json:
         from mlxvlm.reply import last_reply
 
@@ -260,140 +287,7 @@ def chat(
     else:
         talk.ask(question, once=True)
     if disk is not None and disk.problem:
-        _note(f"mlxvlm: warning: {disk.problem}")
-
-
-@dataclass
-class Talk:
-    """A conversation as the terminal has it.
-
-    pictures: paths and URLs of what it shows. hints: whether no model was named, so that a refusal
-    is to be followed, once, by a command that names one.
-    """
-
-    conversation: Conversation
-    pictures: list[str]
-    drawing: Drawing | None
-    hints: bool
-
-    def ask(self, question: str, once: bool = False) -> None:
-        self.say(self.conversation.ask(question), question if once else "")
-
-    def say(self, chunks: Generator[Chunk, None, None], question: str = "") -> None:
-        """Streams an answer to stdout, and does what else is done with an answer."""
-        reply = _stream(chunks)
-        if self.hints and reply.text.strip() == self.conversation.vlm.config.refusal != "":
-            self.hints = False
-            asked = ["-p", question] if question else []
-            command = shlex.join(["mlxvlm", "chat", *self.pictures, *asked, "-m", LARGER])
-            _note(f"For photographs name a model ({LARGER_SIZE} to download): {command}")
-        if self.drawing:
-            self.drawing.answer(reply, self.pictures)
-
-    def show(self, paths: list[str]) -> None:
-        if self.drawing:
-            self.drawing.check(paths)
-        self.conversation.add(*paths)
-        self.pictures = [*self.pictures, *paths]
-
-    def clear(self) -> None:
-        self.conversation.clear()
-        self.pictures = []
-
-
-def _loop(talk: Talk) -> None:
-    """Reads lines until /exit or the end of input; each is a command or a question."""
-    if sys.stdin.isatty():
-        try:
-            import readline  # noqa: F401  gives input() its line editing
-        except ImportError:
-            pass
-        _note("/help lists the commands; Ctrl-D leaves.")
-    while True:
-        try:
-            line = _read_line()
-        except EOFError:
-            if sys.stdin.isatty():
-                _note("")
-            return
-        except KeyboardInterrupt:
-            _note("\n(/exit or Ctrl-D leaves)")
-            continue
-        command, _, rest = line.partition(" ")
-        if command in ("/exit", "/quit"):
-            return
-        try:
-            if command == "/help":
-                _note(HELP)
-            elif command == "/clear":
-                talk.clear()
-                _note("(forgotten, pictures too)")
-            elif command == "/retry":
-                talk.say(talk.conversation.retry(**_temperature(rest)))
-            elif command == "/image":
-                _show(talk, rest.strip())
-            elif command.startswith("/") and not line.startswith("//") and "/" not in command[1:]:
-                _note(f"There is no command {command}; /help lists them.")
-            elif line:
-                talk.ask(line)
-        except KeyboardInterrupt:
-            _note("(stopped)")
-        except Exception as error:
-            # What a user can mend ends the turn, not the conversation.
-            if (message := describe(error)) is None:
-                raise
-            _note(f"mlxvlm: error: {message}")
-
-
-def _show(talk: Talk, rest: str) -> None:
-    """/image: adds the pictures whose paths are in `rest`."""
-    if not rest:
-        raise PictureError("/image wants at least one path: /image cat.jpg 'my dog.png'")
-    try:
-        # Typed by hand, a path may hold a bare space or apostrophe: it is one if the file exists.
-        paths = [rest] if Path(rest).expanduser().is_file() else shlex.split(rest)
-    except ValueError:
-        raise PictureError(f"the quotes in {rest!r} do not match.") from None
-    talk.show([_checked(path) for path in paths])
-    waiting = talk.conversation.waiting
-    _note(f"({waiting} picture{'s' if waiting > 1 else ''} for the next question)")
-
-
-def _temperature(rest: str) -> dict[str, float]:
-    """/retry: the options that its argument gives."""
-    if not rest.strip():
-        return {}
-    try:
-        return {"temperature": float(rest)}
-    except ValueError:
-        raise UsageError(f"/retry takes a temperature or nothing, not {rest.strip()!r}.") from None
-
-
-def _stream(chunks: Generator[Chunk, None, None]) -> Reply:
-    """Streams an answer to stdout and ends its line, also where it is cut short."""
-    reply = None
-    with closing(chunks):
-        try:
-            for chunk in chunks:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-                reply = chunk.reply
-        finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-    assert reply is not None  # the last chunk carries it
-    return reply
-
-
-def _read_line() -> str:
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return _text(input("> ")).strip()
-    if sys.stdin.isatty():
-        typer.echo("> ", nl=False, err=True)  # stdout is a file or a pipe, for answers alone
-    line = sys.stdin.buffer.readline().decode("utf-8", "replace")
-    if not line:
-        raise EOFError
-    return line.strip()
+        note(f"mlxvlm: warning: {disk.problem}")
 
 
 def _question(prompt: str | None, as_json: bool) -> str | None:
@@ -404,7 +298,18 @@ def _question(prompt: str | None, as_json: bool) -> str | None:
         prompt = "-"
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    return None if prompt is None else _text(prompt).strip()
+    return None if prompt is None else text_of(prompt).strip()
+
+
+def _batch_file(source: str, out: str | None, system: str, others: dict[str, Any]) -> BatchFile:
+    """The files of --batch, read before a model is loaded for them."""
+    if found := [name for name, value in others.items() if value]:
+        raise UsageError(f"--batch and {found[0]} do not go together; drop one.")
+    if out is None:
+        raise UsageError("--batch wants a file for the answers: --out answers.jsonl.")
+    from mlxvlm.cli.batch import BatchFile
+
+    return BatchFile(source, out, system)
 
 
 def _opened(cache: str | None) -> EmbeddingCache | None:
@@ -429,21 +334,6 @@ def _prompts(folder: str | None, gigabytes: float | None) -> PromptCache | None:
     return PromptCache(folder, LIMIT if gigabytes is None else int(gigabytes * 10**9))
 
 
-def _checked(image: str) -> str:
-    """A picture's path, known to exist before a model is loaded for it; a URL as it is."""
-    if "://" in image:
-        return image
-    path = Path(image).expanduser()
-    if not path.exists():
-        raise PictureError(f"there is no picture {image}.")
-    return str(path)
-
-
-def _text(raw: str) -> str:
-    """Bytes that are no UTF-8 reach Python as lone surrogates, which no tokenizer takes."""
-    return raw.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def demo() -> Path:
     """The folder of the small model that comes with the package."""
     import mlxvlm.weights
@@ -454,7 +344,3 @@ def demo() -> Path:
             f"the small model is missing from this installation ({folder}). Name a model with -m."
         )
     return folder
-
-
-def _note(text: str) -> None:
-    typer.echo(text, err=True)

@@ -56,9 +56,9 @@ def convert(
 ) -> None:
     """Write a model in mlxvlm's own layout, and quantise it with -q.
 
-    Reads every layout that chat does: transformers', mlx-community's, mlxvlm's own. Without -q and
-    --dtype nothing is lost: logits stay the same bit for bit. Tower and projector stay as they are
-    unless --q-parts names them.
+    Reads every layout that chat does: LLaVA's, transformers', mlx-community's, our own. Without -q
+    and --dtype nothing is lost: logits stay the same bit for bit. Tower and projector stay as they
+    are unless --q-parts names them.
     """
     given = {
         "--q-bits": q_bits,

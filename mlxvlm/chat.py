@@ -67,6 +67,14 @@ class Conversation:
         if self._own:
             self.reuse.clear()
 
+    def set_system(self, text: str) -> None:
+        """Another system message, from the next question on; what was said so far stays."""
+        if self.system:
+            del self.messages[0]
+        self.system = text
+        if text:
+            self.messages.insert(0, {"role": "system", "content": text})
+
     def add(self, *images: Any) -> list[Picture | Features]:
         """Opens pictures for the next question: what `vlm.look` takes, or Picture or Features.
 

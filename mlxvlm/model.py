@@ -9,7 +9,7 @@ Tokens hold the image token once per visual token. Its id never reaches the embe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from .config import ModelConfig
 from .dtypes import dtype_of
-from .errors import PromptError
+from .errors import PromptError, VLMError
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
@@ -241,3 +241,11 @@ class VLM(nn.Module):
         from .reply import generate
 
         return generate(self, messages, images, **options)
+
+    def batch(
+        self, asks: Iterable[tuple[Sequence[dict[str, Any]], Sequence[Any]]], **options: Any
+    ) -> Iterator[tuple[int, Reply | VLMError]]:
+        """Answers many (messages, images) together; as `batch.batch`, with its options."""
+        from .batch import batch
+
+        return batch(self, asks, **options)

@@ -133,17 +133,17 @@ def answer(
     """
     kv = KVSettings(max_kv_size, kv_bits, kv_group_size)
     kv.check()
-    settings = _with_defaults(vlm, settings)
+    settings = with_defaults(vlm, settings)
     check_settings(**settings)
     stops = StopStrings(stop)
     started = time.perf_counter() if started is None else started
-    room = _room(vlm, prompt)
-    if room is not None:
-        settings["max_tokens"] = min(settings["max_tokens"], room)
+    left = room(vlm, prompt)
+    if left is not None:
+        settings["max_tokens"] = min(settings["max_tokens"], left)
     return _chunks(vlm, prompt, reuse, kv, stops, started, settings)
 
 
-def _with_defaults(vlm: VLM, settings: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(vlm: VLM, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as given, then as the model's generation_config.json asks."""
     given = {name: value for name, value in settings.items() if value is not None}
     asked = sampling_defaults(vlm.tokenizer.generation_config) if vlm.tokenizer else {}
@@ -225,7 +225,7 @@ def context_length(language: dict[str, Any]) -> int | None:
     return max(int(limit), int(base * (scaling.get("factor") or 1)))
 
 
-def _room(vlm: VLM, prompt: Prompt) -> int | None:
+def room(vlm: VLM, prompt: Prompt) -> int | None:
     """How many tokens may follow the prompt; None if there is no limit."""
     limit = context_length(vlm.config.language)
     if limit is None:

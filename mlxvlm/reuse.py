@@ -71,7 +71,7 @@ class Reuse:
         self._features: OrderedDict[str, Features] = OrderedDict()
         self._most = int(FEATURE_SHARE * memory_size())
         self._weights: list[mx.array] = []
-        self._pure = _pure_length(vlm.config.language)
+        self._pure = pure_length(vlm.config.language)
 
     def clear(self) -> None:
         """Forgets everything but what is on disk."""
@@ -270,7 +270,7 @@ def _nbytes(features: Features) -> int:
     return sum(view.nbytes for view in features.views)
 
 
-def _pure_length(language: dict[str, Any]) -> int | None:
+def pure_length(language: dict[str, Any]) -> int | None:
     """Up to which length a token's keys are those of its own position; None: always.
 
     Dynamic NTK turns all positions otherwise once a text outgrows the trained length.

@@ -21,6 +21,7 @@ from mlxvlm.boxes import parse
 from mlxvlm.cache.writer import write_cache
 from mlxvlm.chat import Conversation
 from mlxvlm.cli.main import app
+from mlxvlm.data.sources import read_rows
 from mlxvlm.images.drawing import draw
 from mlxvlm.images.open import open_picture
 from mlxvlm.weights.save import save
@@ -138,6 +139,50 @@ def test_a_session_of_the_prompt_loop(chat, vlm, folder):
     assert "1 picture for the next question" in done.stderr
     assert "no command /nonsense" in done.stderr
     assert "at least one path" in done.stderr and "quotes" in done.stderr
+
+
+def test_pictures_dragged_in_and_what_was_shown(chat, vlm, folder):
+    lines = ["/images", "'b c.png' What is this?", "/images", "a.png", "/images", "Why?"]
+    done = chat(input="\n".join(lines) + "\n")
+    twin = Conversation(vlm, max_tokens=9)
+    expected = ""
+    for name, text in (("b c.png", "What is this?"), ("a.png", "Why?")):
+        twin.add(folder / name)
+        expected += list(twin.ask(text))[-1].reply.text + "\n"
+    assert done.stdout == expected
+    assert "(no picture was shown" in done.stderr
+    assert "1  b c.png\n" in done.stderr and "2  a.png  (for the next question)\n" in done.stderr
+
+
+def test_another_system_message_from_the_next_question_on(chat, vlm, folder):
+    lines = ["/system", "Why?", "/system Be brief.", "/system", "And why?", "/stats"]
+    done = chat("a.png", "--system", "Be exact.", input="\n".join(["/stats", *lines]) + "\n")
+    twin = Conversation(vlm, system="Be exact.", max_tokens=9)
+    twin.add(folder / "a.png")
+    first = list(twin.ask("Why?"))[-1].reply.text
+    twin.set_system("Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}, *twin.messages[1:]]
+    assert twin.messages == messages
+    messages.append({"role": "user", "content": "And why?"})
+    second = vlm.generate(messages, [folder / "a.png"], max_tokens=9)
+    assert done.stdout == f"{first}\n{second.text}\n"
+    assert "Be exact.\n" in done.stderr and "Be brief.\n" in done.stderr
+    assert "(no answer yet)" in done.stderr
+    assert f"({second.generation_tokens} tokens" in done.stderr
+
+
+def test_a_saved_talk_is_a_row_of_training_data(chat, vlm, folder, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    lines = [f"/save {file}", "What is this?", "/save talk.txt", "a.png", f"/save {file}"]
+    done = chat("b c.png", "--system", "Be exact.", input="\n".join(lines) + "\n")
+    assert "no answer yet to save" in done.stderr and "wants a .jsonl file" in done.stderr
+    (record,) = [row for _, row in read_rows(file)]
+    assert record.images == [str(folder / "b c.png")]
+    said = done.stdout.removesuffix("\n")
+    twin = Conversation(vlm, system="Be exact.", max_tokens=9)
+    twin.add(folder / "b c.png")
+    assert list(twin.ask("What is this?"))[-1].reply.text == said
+    assert record.messages == twin.messages
 
 
 def test_the_end_of_input_leaves(chat, vlm, folder):

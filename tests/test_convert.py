@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import LAYOUTS, read, rewrite, write
 from mlx.utils import tree_flatten
+from test_llava_original import original
 from tiny_vlm import IMAGE, picture, tiny_config, tiny_vlm
 from typer.testing import CliRunner
 
@@ -76,6 +77,13 @@ def test_nothing_is_lost(tmp_path: Path, layout: str) -> None:
     assert kept == contents(tmp_path / "twice")
     assert {"preprocessor_config.json", "tokenizer.model", "tokenizer.json"} <= kept.keys()
     assert not any(name.startswith(".") for name in kept)
+
+
+def test_authors_layout_with_its_tower_elsewhere(tmp_path: Path) -> None:
+    source = original(tmp_path / "theirs", "apart")
+    convert(source, tmp_path / "out")
+    first, found = mlxvlm.load(source), mlxvlm.load(tmp_path / "out")
+    assert same(first, found) and found.config == first.config
 
 
 TEMPLATE = (

@@ -344,8 +344,10 @@ def solve_relation(text: str, scene: world.Scene) -> str:
     found = re.fullmatch(asked, text)
     assert found, text
     a, b = only(described(found[1], scene)), only(described(found[3], scene))
+    across = "left" in found[2] or "right" in found[2]
+    thirds = ("left", "centre", "right") if across else ("top", "middle", "bottom")
     said = " ".join(
-        f"The {name} is in the {place(*ninth(scene, thing))}."
+        f"The {name} is in the {thirds[ninth(scene, thing)[across]]}."
         for name, thing in ((found[1], a), (found[3], b))
     )
     if " or " not in found[2]:

@@ -316,7 +316,6 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
         (lambda c: c["text_config"].update(attention_chunk=9), "attention_chunk (=9)"),
         (lambda c: c["vision_config"].update(model_type="pixtral"), "type 'pixtral'"),
         (lambda c: c.update(vision_feature_layer=[-2, -1]), "must be one layer"),
-        (lambda c: c.update(mm_vision_tower="clip"), "original layout"),
         (lambda c: c.update(quantization_config={"quant_method": "gptq"}), "'gptq'"),
         (lambda c: c["text_config"].update(hidden_size="wide"), "ConfigError"),
     ),

@@ -76,7 +76,7 @@ def convert(
     out = check_out(out, source)
     folder = resolve(source, revision, report)
     refuse_adapters(folder)
-    family, checkpoint, config, tokenizer = open_whole(folder)
+    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
     if quantisation is not None and (block := config.quantization) is not None:
         raise ConfigError(
             f"{folder} is quantised already ({block['bits']} bits, groups of "

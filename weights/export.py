@@ -93,7 +93,7 @@ def export(
     out = check_out(out, source)
     folder = resolve(source, revision, report)
     refuse_adapters(folder)
-    family, checkpoint, config, tokenizer = open_whole(folder)
+    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
     vlm = VLM(config, tokenizer)
     if found := obstacles(vlm):
         raise ConfigError(

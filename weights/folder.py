@@ -55,12 +55,14 @@ class Checkpoint:
     """A folder's config.json and the headers of its tensors; values are read by `read`.
 
     writer: the header's `format` entry, "mlx" or "pt", which tells how convolutions are laid out.
+    tower: the folder of a vision tower that lies elsewhere; its tensors are among these.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     writer: str = ""
+    tower: Path | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:

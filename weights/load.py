@@ -24,7 +24,7 @@ from mlxvlm.projectors.build import build_projector
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
-from mlxvlm.weights.families import clip, llava, llava_next, native, siglip
+from mlxvlm.weights.families import clip, llava, llava_next, llava_original, native, siglip
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
 from mlxvlm.weights.hub import Download, resolve, resolve_outline
 from mlxvlm.weights.tensors import fill, fit, parse_dtype, rename_quantization, stored_quantization
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next)
+WHOLE = (native, llava, llava_next, llava_original)
 ENCODERS = (siglip, clip)
 Report = Callable[[Download], Any]
 
@@ -56,7 +56,7 @@ def load(
 
     wanted = parse_dtype(dtype)
     folder = resolve(path_or_hub_id, revision, report)
-    family, checkpoint, config, tokenizer = open_whole(folder)
+    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
     vlm = VLM(config, tokenizer)
     fill(vlm, checkpoint, family.rename, dtype=wanted, quantization=config.quantization)
     if adapter is not None:
@@ -90,7 +90,8 @@ def load_prompting(
     path_or_hub_id: str | Path, revision: str | None = None, report: Report | None = None
 ) -> tuple[ModelConfig, Tokenizer]:
     """A whole model's choices and its tokenizer, without its weights."""
-    *_, config, tokenizer = open_whole(resolve(path_or_hub_id, revision, report))
+    folder = resolve(path_or_hub_id, revision, report)
+    *_, config, tokenizer = open_whole(folder, report=report)
     return config, tokenizer
 
 
@@ -140,7 +141,7 @@ def load_projected(
 
     folder = resolve(path_or_hub_id, revision, report)
     family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = _checkpoint(folder, family, report)
     config = family.model(checkpoint)
     width = language_width(config.language)
     merged = config.prompt.merge == "spatial_unpad"
@@ -196,7 +197,7 @@ def open_encoder(
     """The checkpoint of an encoder, and its family."""
     folder = resolve(path_or_hub_id, revision, report)
     family = _family(folder, (*ENCODERS, *WHOLE), "a vision encoder")
-    return Checkpoint.open(folder), family
+    return _checkpoint(folder, family, report), family
 
 
 def encoder_configs(
@@ -257,15 +258,19 @@ def choose_prompt(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> No
 
 
 def open_whole(
-    folder: Path, opened: Callable[[Path], Checkpoint] = Checkpoint.open
+    folder: Path,
+    opened: Callable[[Path], Checkpoint] = Checkpoint.open,
+    report: Report | None = None,
 ) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
     """A whole model's family, checkpoint, choices and tokenizer; no tensor is read."""
     from mlxvlm.language.tokenizer import Tokenizer
 
     family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = opened(folder)
+    checkpoint = _checkpoint(folder, family, report, opened)
     config = model_config(checkpoint, family)
     tokenizer = Tokenizer.load(folder)
+    if family is llava_original:
+        config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
     if family in (llava, llava_next):
         choose_prompt(config, tokenizer, folder)
     return family, checkpoint, config, tokenizer
@@ -296,13 +301,29 @@ def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] 
     return rename_quantization(stored_quantization(checkpoint.config), family.rename)
 
 
+def _checkpoint(
+    folder: Path,
+    family: ModuleType,
+    report: Report | None = None,
+    opened: Callable[[Path], Checkpoint] = Checkpoint.open,
+) -> Checkpoint:
+    """What lies in a folder; with the vision tower, where its family keeps that elsewhere."""
+    checkpoint = opened(folder)
+    if family is llava_original:
+        llava_original.add_tower(checkpoint, partial(resolve, report=report))
+    return checkpoint
+
+
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:
     _check_not_unfinished(folder)
-    kind = read_json(folder / "config.json").get("model_type")
+    raw = read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    if llava_original in families and llava_original.is_original(raw):
+        return llava_original
     for family in families:
         if kind in family.MODEL_TYPES:
             return family
-    known = ", ".join(name for family in families for name in family.MODEL_TYPES)
+    known = ", ".join(dict.fromkeys(name for family in families for name in family.MODEL_TYPES))
     hint = ""
     if kind in ("siglip2", "siglip2_vision_model"):
         hint = " NaFlex checkpoints take pictures of any shape; use a fixed-resolution SigLIP 2."

@@ -1,6 +1,6 @@
 """Questions in two steps: find one thing, then look beside it.
 
-The answers say the places first: from those it follows who stands left of whom.
+The answers say first what decides: the column or row of each, or the place of the one found first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from examples.shapes.phrases import ABSENT
 from examples.shapes.qa import QA, ground, make
 from examples.shapes.things import short, unique_name
-from examples.shapes.world import Item, Scene
+from examples.shapes.world import COLUMNS, ROWS, Item, Scene
 
 APART = 8.0  # pixels between two centres, from which one counts as beside the other
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -21,10 +21,6 @@ def offset(side: str, a: Item, b: Item) -> float:
     """How far `a` lies on that side of `b`, in pixels; below 0 on the other."""
     along = a.x - b.x if side in ("left of", "right of") else a.y - b.y
     return along if side in ("right of", "below") else -along
-
-
-def _placed(name: str | None, item: Item) -> str:
-    return f"The {name}| is in the {item.place}."
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
@@ -42,7 +38,8 @@ def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
     words = [ground([a]), ground([b])]
     ask = f"{names[0]} {side} {names[1]}"
     holds = offset(side, a, b) > 0
-    answer = f"{_placed(names[0], a)} {_placed(names[1], b)} "
+    thirds = [COLUMNS[item.column] if across else ROWS[item.row] for item in (a, b)]
+    answer = "".join(f"The {n}| is in the {t}. " for n, t in zip(names, thirds, strict=True))
     if rng.random() < 0.5:
         answer += f"{'Yes' if holds else 'No'}."
         return make("relation", ask, rng, answer, words, "relation", words, side=side, **slots)
@@ -69,7 +66,7 @@ def ask_next(scene: Scene, rng: random.Random) -> QA | None:
         return None
     side, beside = rng.choice(sides)
     what = f", in the {beside[0].place}, is {short(beside[0])}" if beside else f" is {ABSENT}"
-    answer = f"{_placed(name, thing)} {side.capitalize()} it^{what}."
+    answer = f"The {name}| is in the {thing.place}. {side.capitalize()} it^{what}."
     key, found = ground([thing]), ground(beside)
     ask = f"{side} {name}"
     return make("next", ask, rng, answer, [key, found], asked=[key], side=side, b=name)

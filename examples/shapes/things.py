@@ -242,6 +242,10 @@ def ask_box(scene: Scene, rng: random.Random) -> QA | None:
     if some is None:
         return None
     name, thing = some
-    at = ", ".join(str(v) for v in coordinates(thing))
-    answer = f"The {name}| is at [{at}]."
-    return make("box", f"box {name}", rng, answer, [ground([thing])], thing=name)
+    at = [str(v) for v in coordinates(thing)]
+    answer = f"The {name}| is at [{', '.join(at)}]."
+    # What the key refers to has a place besides its words: a third of the whole.
+    words = {word: round(2 / 3 * weight, 3) for word, weight in ground([thing]).items()}
+    for value in at:
+        words[value] = round(words.get(value, 0.0) + 1 / 12, 3)
+    return make("box", f"box {name}", rng, answer, [words], thing=name)

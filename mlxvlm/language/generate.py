@@ -76,22 +76,80 @@ def generate_tokens(
         )
     if not len(embeddings):
         raise ValueError("an empty prompt has nothing to go on from")
-    spoken = ~np.isin(tokens, np.fromiter(banned_ids, np.int64))
-    processors = [_mute(banned_ids, vocab_size)]
-    if repetition_penalty is not None:
-        processors.append(_penalise(repetition_penalty, tokens[spoken]))
+    sampling = Sampling(
+        tokens,
+        banned_ids,
+        vocab_size,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     settings = {
         "max_tokens": max_tokens,
-        "sampler": _sampler(temperature, top_p, top_k, min_p, seed),
-        "logits_processors": processors,
+        "sampler": sampling.sampler,
+        "logits_processors": sampling.processors,
         "prompt_cache": prompt_cache,
         "prefill_step_size": prefill_step_size,
     }
-    # Masked positions get id 0: the embeddings rule, but an id must stay inside the table.
-    ids = np.where(spoken, tokens, 0)[start:]
     stops = [pause - start for pause in pauses if start < pause < len(tokens)]
     told = (lambda at: at_pause(start + at)) if at_pause else (lambda at: None)
-    return _run(lm, ids, embeddings, frozenset(stop_ids), settings, stops, told)
+    return _run(lm, sampling.ids[start:], embeddings, frozenset(stop_ids), settings, stops, told)
+
+
+class Sampling:
+    """How one answer's tokens are drawn: what mlx-lm's generators take of it.
+
+    ids: [L] the prompt's tokens, with 0 in place of banned ones: embeddings rule there, but an id
+    must stay inside the table. Settings as in `generate_tokens`.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        banned_ids: Collection[int] = (),
+        vocab_size: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ):
+        spoken = ~np.isin(tokens, np.fromiter(banned_ids, np.int64))
+        self.ids = np.where(spoken, tokens, 0)
+        self.sampler = _sampler(temperature, top_p, top_k, min_p, seed)
+        self.processors = [_mute(banned_ids, vocab_size)]
+        if repetition_penalty is not None:
+            self.processors.append(_penalise(repetition_penalty, tokens[spoken]))
+
+    def first(self, logits: mx.array) -> int:
+        """The token that follows the prompt, of [1, V] logits."""
+        prompt = mx.array(self.ids.astype(np.int32))
+        for processor in self.processors:
+            logits = processor(prompt, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return int(np.array(self.sampler(logprobs))[0])
+
+
+def prefill(
+    lm: Any,
+    ids: np.ndarray,
+    embeddings: mx.array,
+    caches: list[Any],
+    step: int = PREFILL_STEP_SIZE,
+) -> mx.array:
+    """Reads a whole prompt, [L] ids with [L, D] embeddings, into empty caches: [1, V] logits of
+    what follows."""
+    prompt = mx.array(ids.astype(np.int32))
+    last = (len(ids) - 1) // step * step
+    for at in range(0, last, step):
+        _read(lm, prompt[at : at + step], embeddings[at : at + step], caches)
+    logits = lm(prompt[None, last:], cache=caches, input_embeddings=embeddings[None, last:])
+    return logits[:, -1]
 
 
 def _run(

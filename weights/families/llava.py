@@ -60,11 +60,6 @@ def hub_name(name: str) -> str:
 def model(checkpoint: Checkpoint) -> ModelConfig:
     """The five choices; the prompt's layout is left to who knows the tokenizer."""
     raw = checkpoint.config
-    if "mm_vision_tower" in raw:
-        raise ConfigError(
-            f"{checkpoint.folder} is in LLaVA's original layout, which is not supported: use the "
-            "transformers conversion of the same model (for example llava-hf/llava-1.5-7b-hf)."
-        )
     layer = raw.get("vision_feature_layer", -2)
     if isinstance(layer, list):
         if len(layer) != 1:

@@ -37,23 +37,23 @@ def model(checkpoint: Checkpoint) -> ModelConfig:
         config,
         tiling=dataclasses.replace(
             config.tiling,
-            **{**TILINGS["anyres"], "grids": _grids(pinpoints, side)},
+            **{**TILINGS["anyres"], "grids": tuple((w, h) for h, w in grids(pinpoints, side))},
         ),
         prompt=dataclasses.replace(config.prompt, merge="spatial_unpad"),
     )
 
 
-def _grids(pinpoints: Any, side: int) -> tuple[tuple[int, int], ...]:
-    """(columns, rows) of [height, width] in pixels."""
+def grids(pinpoints: Any, side: int) -> list[tuple[int, int]]:
+    """Pinpoints in tiles: pairs as they are written, of pixels."""
     good = isinstance(pinpoints, list) and all(
         isinstance(point, list)
         and len(point) == 2
         and all(type(n) is int and n > 0 and n % side == 0 for n in point)
         for point in pinpoints
     )
-    if not good:
+    if not good or not pinpoints:
         raise ConfigError(
             f"image_grid_pinpoints (={pinpoints}) must be pairs of multiples of the tower's "
             f"{side} pixels."
         )
-    return tuple((width // side, height // side) for height, width in pinpoints)
+    return [(a // side, b // side) for a, b in pinpoints]

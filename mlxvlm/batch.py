@@ -1,0 +1,229 @@
+"""Many prompts at once: each is read by itself, then all are decoded together, as they come and go.
+
+for index, reply in vlm.batch([(messages, ["a.jpg"]), (messages, ["b.jpg"])]):
+    print(index, reply.text)
+
+mlx-lm's BatchGenerator decodes; it knows no embeddings, so it is given each prompt's filled cache
+and first token. In float32 the answers are those of `vlm.generate`, one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .boxes import parse
+from .errors import ConfigError, VLMError
+from .language.generate import PREFILL_STEP_SIZE, Sampling, check_settings, prefill
+from .language.kv import KVSettings, make_caches
+from .reply import Reply, generate, room, with_defaults
+from .reuse import Reuse, pure_length
+from .stop import StopStrings
+
+if TYPE_CHECKING:
+    from .model import VLM
+
+BATCH_SIZE = 8
+NOT_SAMPLING = ("max_tokens", "prefill_step_size")
+
+# Messages and their pictures.
+Ask = tuple[Sequence[dict[str, Any]], Sequence[Any]]
+
+
+@dataclass
+class _Answer:
+    """One prompt's answer as far as it has got."""
+
+    index: int
+    prompt_tokens: int
+    started: float
+    read: float  # seconds that its prefill took
+    first: float
+    stops: StopStrings
+    detokenizer: Any
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def add(self, token: int, stop_ids: frozenset[int]) -> bool:
+        """Takes the next token; whether the answer ends with it."""
+        self.tokens.append(token)
+        if token in stop_ids:
+            return True
+        self.pieces.append(self.stops.add(self.detokenizer.add(token)))
+        return self.stops.found
+
+    def reply(self, stop_ids: frozenset[int]) -> Reply:
+        self.pieces.append(self.stops.add(self.detokenizer.finish()) + self.stops.finish())
+        text = "".join(self.pieces)
+        boxes, left_out = parse(text)
+        stopped = self.stops.found or self.tokens[-1] in stop_ids
+        spent = max(time.perf_counter() - self.first, 1e-9)
+        return Reply(
+            text=text,
+            tokens=self.tokens,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=0,
+            generation_tokens=len(self.tokens),
+            time_to_first_token_s=self.first - self.started,
+            prompt_tps=self.prompt_tokens / max(self.read, 1e-9),
+            generation_tps=(len(self.tokens) - 1) / spent,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+            finish_reason="stop" if stopped else "length",
+            boxes=boxes,
+            boxes_left_out=left_out,
+        )
+
+
+def batch(
+    vlm: VLM,
+    asks: Iterable[Ask],
+    *,
+    batch_size: int = BATCH_SIZE,
+    allow_urls: bool = False,
+    reuse: Reuse | None = None,
+    stop: str | Sequence[str] = (),
+    **settings: Any,
+) -> Generator[tuple[int, Reply | VLMError]]:
+    """Answers all of `asks`; yields (index, reply) as each is done, so in no order.
+
+    A prompt that cannot be answered yields its error instead, and the others go on.
+
+    asks: (messages, images) as `vlm.generate` takes them; read no faster than they are answered.
+    batch_size: how many are decoded together. Each of them holds its keys and values in memory.
+    reuse: where features of pictures are looked up and kept, so that a picture that several asks
+        show is encoded once; one of its own by default.
+    settings: as in `reply.stream`, but for those of the KV cache. With a seed, each answer is what
+        `vlm.generate` gives with it.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size (={batch_size}) must be at least 1.")
+    settings = with_defaults(vlm, settings)
+    check_settings(**settings)
+    StopStrings(stop)
+    reuse = reuse or Reuse(vlm)
+    if pure_length(vlm.config.language) is not None:
+        # Dynamic NTK turns all positions by the text's length, and those together have several.
+        return _alone(vlm, asks, allow_urls=allow_urls, reuse=reuse, stop=stop, **settings)
+    return _run(vlm, iter(asks), batch_size, allow_urls, reuse, stop, settings)
+
+
+def _alone(
+    vlm: VLM, asks: Iterable[Ask], **options: Any
+) -> Generator[tuple[int, Reply | VLMError]]:
+    for index, (messages, images) in enumerate(asks):
+        try:
+            reply = generate(vlm, messages, images, **options)
+        except VLMError as error:
+            yield index, error
+        else:
+            yield index, reply
+
+
+def _run(
+    vlm: VLM,
+    asks: Any,
+    batch_size: int,
+    allow_urls: bool,
+    reuse: Reuse,
+    stop: str | Sequence[str],
+    settings: dict[str, Any],
+) -> Generator[tuple[int, Reply | VLMError]]:
+    from mlx_lm.generate import BatchGenerator
+
+    tokenizer = vlm.tokenizer
+    stop_ids = frozenset(tokenizer.eos_token_ids) if tokenizer else frozenset()
+    # Its own stream would restore ours in the midst of the caller's work.
+    together = BatchGenerator(
+        vlm.language,
+        stop_tokens=[[i] for i in sorted(stop_ids)],
+        completion_batch_size=batch_size,
+        prefill_batch_size=batch_size,
+        stream=mx.default_stream(mx.default_device()),
+    )
+    active: dict[int, _Answer] = {}
+    waiting = enumerate(asks)
+    more = True
+    try:
+        while more or active:
+            while more and len(active) < batch_size:
+                index, ask = next(waiting, (0, None))
+                if ask is None:
+                    more = False
+                    break
+                try:
+                    answer = _read(
+                        vlm, index, ask, allow_urls, reuse, stop, stop_ids, settings, together
+                    )
+                except VLMError as error:
+                    yield index, error
+                    continue
+                if isinstance(answer, Reply):
+                    yield index, answer
+                else:
+                    active[answer[0]] = answer[1]
+            for found in together.next_generated() if active else ():
+                answer = active[found.uid]
+                done = answer.add(found.token, stop_ids)
+                if done and found.finish_reason is None:
+                    together.remove([found.uid])
+                if done or found.finish_reason is not None:
+                    del active[found.uid]
+                    yield answer.index, answer.reply(stop_ids)
+    finally:
+        together.close()
+
+
+def _read(
+    vlm: VLM,
+    index: int,
+    ask: Ask,
+    allow_urls: bool,
+    reuse: Reuse,
+    stop: str | Sequence[str],
+    stop_ids: frozenset[int],
+    settings: dict[str, Any],
+    together: Any,
+) -> Reply | tuple[int, _Answer]:
+    """Reads one prompt, and hands it on after its first token; a Reply where that was the last."""
+    started = time.perf_counter()
+    messages, images = ask
+    prompt = vlm.tokenize(
+        messages, images, add_generation_prompt=True, allow_urls=allow_urls, look=reuse.look
+    )
+    assert vlm.tokenizer is not None  # tokenize has refused a model without one
+    most = settings["max_tokens"]
+    if (left := room(vlm, prompt)) is not None:
+        most = min(most, left)
+    embeddings = vlm.embed_after(prompt.tokens, reuse.features(prompt.pictures), 0)
+    caches = make_caches(vlm.language, KVSettings())
+    own = {name: value for name, value in settings.items() if name not in NOT_SAMPLING}
+    banned = (vlm.config.prompt.image_token_id,)
+    sampling = Sampling(prompt.tokens, banned, vlm.tokenizer.vocab_size, **own)
+    step = settings.get("prefill_step_size", PREFILL_STEP_SIZE)
+    before = time.perf_counter()
+    first = sampling.first(prefill(vlm.language, sampling.ids, embeddings, caches, step))
+    now = time.perf_counter()
+    answer = _Answer(
+        index,
+        len(prompt.tokens),
+        started,
+        now - before,
+        now,
+        StopStrings(stop),
+        vlm.tokenizer.detokenizer(),
+    )
+    if answer.add(first, stop_ids) or most == 1:
+        return answer.reply(stop_ids)
+    (uid,) = together.insert(
+        [[first]],
+        max_tokens=[most - 1],
+        caches=[caches],
+        all_tokens=[sampling.ids.tolist()],
+        samplers=[sampling.sampler],
+        logits_processors=[sampling.processors],
+    )
+    return uid, answer

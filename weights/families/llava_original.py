@@ -1,0 +1,161 @@
+"""LLaVA-1.5 and -1.6 as their authors save them, and as XTuner exports them ("official" layout).
+
+    model.layers.*  model.embed_tokens.*  model.norm.*  lm_head.*    as in the language model alone
+    model.mm_projector.{0,2}.*  model.image_newline
+    model.vision_tower.vision_tower.vision_model.*                   often left out
+
+config.json is the language model's, with LLaVA's choices beside (`mm_vision_tower`, `mm_...`). A
+tower that was left out is read from the repository, or the folder, that `mm_vision_tower` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxvlm.config import TILINGS, ModelConfig, ProjectorConfig, PromptConfig, read_json
+from mlxvlm.errors import ConfigError
+from mlxvlm.language.load import translate
+from mlxvlm.weights.families import clip, siglip
+from mlxvlm.weights.families.llava import LARGE_CLIP
+from mlxvlm.weights.families.llava_next import grids
+from mlxvlm.weights.families.towers import preprocessing, vision_config
+from mlxvlm.weights.folder import Checkpoint
+
+if TYPE_CHECKING:
+    from mlxvlm.language.tokenizer import Tokenizer
+
+# What the language model is, by the whole's model_type.
+DECODERS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
+MODEL_TYPES = tuple(DECODERS)
+TOWER = "model.vision_tower.vision_tower."
+# A tower whose config need not be looked up.
+KNOWN = {"openai/clip-vit-large-patch14-336": LARGE_CLIP}
+# Of config.json, what is not the language model's.
+BESIDE = (
+    "mm_",
+    "image_",
+    "tune_",
+    "freeze_",
+    "unfreeze_",
+    "use_mm_",
+    "tokenizer_",
+    "vision_config",
+)
+
+
+def is_original(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is in this layout; "llava" is transformers' model_type too."""
+    return raw.get("model_type") in MODEL_TYPES and "mm_vision_tower" in raw
+
+
+def rename(key: str) -> str | None:
+    if key.startswith(TOWER):
+        return "vision." + key.removeprefix(TOWER).removeprefix("vision_model.")
+    if key.startswith("model.mm_projector."):
+        number, _, rest = key.removeprefix("model.mm_projector.").partition(".")
+        return f"projector.linear_{ {'0': 1, '2': 2}.get(number, number) }.{rest}"
+    if key == "model.image_newline":
+        return "projector.image_newline"
+    if key.startswith(("model.", "lm_head.")):
+        return "language." + key
+    # Of a tower's own repository.
+    return clip.rename(key)
+
+
+def add_tower(checkpoint: Checkpoint, resolve: Callable[[str], Path]) -> None:
+    """Gives the checkpoint its tower's config, and its tensors where they lie elsewhere.
+
+    resolve: from a hub id or a path to a folder.
+    """
+    raw = checkpoint.config
+    name = raw["mm_vision_tower"]
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"mm_vision_tower (={name!r}) must name a repository or a folder.")
+    inside = any(key.startswith(TOWER) for key in checkpoint.tensors)
+    if inside and name in KNOWN:
+        raw["vision_config"] = KNOWN[name]
+        return
+    tower = Checkpoint(folder := resolve(name), read_json(folder / "config.json"))
+    if not inside:
+        tower = Checkpoint.open(folder)
+        checkpoint.tensors.update(tower.tensors)
+    kind = tower.config.get("model_type")
+    if kind not in (*clip.MODEL_TYPES, *siglip.MODEL_TYPES):
+        raise ConfigError(
+            f"mm_vision_tower (={name}) is of type {kind!r}; only CLIP and SigLIP towers are "
+            "supported."
+        )
+    own = tower.config.get("vision_config")
+    whole = {"model_type": f"{kind}_vision_model", **own} if isinstance(own, dict) else tower.config
+    raw["vision_config"] = whole
+    checkpoint.tower = folder
+
+
+def model(checkpoint: Checkpoint) -> ModelConfig:
+    """The five choices; the prompt's layout is `layout`'s."""
+    raw = checkpoint.config
+    kind = raw.get("mm_projector_type", "linear")
+    if kind != "mlp2x_gelu":
+        raise ConfigError(
+            f"mm_projector_type (={kind!r}) is not supported: only mlp2x_gelu, LLaVA-1.5's and "
+            "1.6's."
+        )
+    if raw.get("mm_use_im_start_end"):
+        raise ConfigError("mm_use_im_start_end is not supported: LLaVA-1.5 and 1.6 leave it out.")
+    select = raw.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        raise ConfigError(f"mm_vision_select_feature (={select!r}) must be patch or cls_patch.")
+    clipped = raw["vision_config"]["model_type"] == "clip_vision_model"
+    vision = vision_config(
+        raw["vision_config"],
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_norm=False,
+        # "patch" drops CLIP's class token; a SigLIP has none.
+        vision_feature_select_strategy="default" if clipped and select == "patch" else "full",
+    )
+    tiling, mean, std = preprocessing(checkpoint.tower or checkpoint.folder, vision)
+    aspect = raw.get("image_aspect_ratio", "square")
+    merge = "flat"
+    if aspect == "pad":
+        tiling = tiling.resized("pad", mean)
+    elif aspect == "anyres":
+        merge = raw.get("mm_patch_merge_type", "flat")
+        if merge != "spatial_unpad":
+            raise ConfigError(
+                f"mm_patch_merge_type (={merge!r}) must be spatial_unpad, LLaVA-1.6's."
+            )
+        # A pinpoint's width before its height, in LLaVA's order, which decides ties.
+        columns_rows = tuple(grids(raw.get("image_grid_pinpoints"), vision.image_size))
+        tiling = dataclasses.replace(tiling, **{**TILINGS["anyres"], "grids": columns_rows})
+    elif aspect not in ("square", None):
+        raise ConfigError(f"image_aspect_ratio (={aspect!r}) must be square, pad or anyres.")
+    language = {k: v for k, v in raw.items() if not k.startswith(BESIDE)}
+    language["model_type"] = DECODERS[raw["model_type"]]
+    language.setdefault("tie_word_embeddings", False)
+    return ModelConfig(
+        tiling=tiling,
+        vision=dataclasses.replace(vision, image_mean=mean, image_std=std),
+        projector=ProjectorConfig(type="mlp", hidden_act="gelu", bias=True),
+        # There is no token for pictures (LLaVA's -200): the first id beyond the table.
+        prompt=PromptConfig(image_token_id=int(raw["vocab_size"]), merge=merge),
+        language=translate(language),
+    )
+
+
+def layout(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:
+    """LLaVA's conversation for the language model. A template in the folder is that model's own."""
+    if checkpoint.config["model_type"] == "llava_mistral":
+        return "mistral"
+    if tokenizer.id("<|start_header_id|>") is not None:
+        return "llama-3"
+    if tokenizer.id("<|im_start|>") is not None and tokenizer.chat_template is not None:
+        return "chat_template"
+    return "vicuna_v1"
