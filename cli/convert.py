@@ -39,7 +39,7 @@ def convert(
     ] = None,
     q_mode: Annotated[
         Literal["affine", "mxfp4", "mxfp8", "nvfp4"] | None,
-        typer.Option(help="How weights are stored. [affine]", show_default=False),
+        typer.Option(help="How weights are stored. Default: affine.", show_default=False),
     ] = None,
     quant_predicate: Annotated[
         Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"] | None,
@@ -49,7 +49,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="PARTS",
-            help="Which parts -q quantises: language, projector, vision, with commas. [language]",
+            help="What -q quantises: language, projector, vision, with commas. Default: language.",
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,

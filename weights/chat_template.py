@@ -144,9 +144,7 @@ def chat_template(prompt: PromptConfig, tokenizer: Tokenizer, image_token: str) 
     """The template of a prompt layout for this tokenizer, image_token standing for a picture."""
     layout, sequence = prompt.layout, prompt.image_placement == "sequence"
     picture, suffix, system = image_token, prompt.image_suffix, prompt.system
-    bos = ""
-    if tokenizer.bos_token_id is not None:
-        bos = tokenizer.backend.id_to_token(tokenizer.bos_token_id)
+    bos = _bos(tokenizer)
     if sequence and layout in ("chat_template", "internvl2_5"):
         raise ConfigError(f"prompt.image_placement 'sequence' is no template of {layout!r}.")
     if layout == "chat_template":
@@ -176,6 +174,20 @@ def chat_template(prompt: PromptConfig, tokenizer: Tokenizer, image_token: str) 
         for name, value in values.items()
     )
     return "".join(names) + text
+
+
+def _bos(tokenizer: Tokenizer) -> str:
+    """BOS as the template writes it: not where the text behind it would no longer count as the
+    first, and the tokenizer puts one there by itself."""
+    if tokenizer.bos_token_id is None:
+        return ""
+    backend, first = tokenizer.backend, tokenizer.bos_token_id
+    token = backend.id_to_token(first)
+    plain = backend.encode("a", add_special_tokens=False).ids
+    behind = backend.encode(token + "a", add_special_tokens=False).ids
+    if behind != [first, *plain] and backend.encode("a").ids == [first, *plain]:
+        return ""
+    return token
 
 
 def _typed(text: str, tokenizer: Tokenizer) -> str:

@@ -225,7 +225,7 @@ def _image_token(tokenizer: Tokenizer, config: ModelConfig) -> tuple[Any, str, i
         name, given = IMAGE_TOKEN, tokenizer.control[IMAGE_TOKEN]
     if name is not None:
         return tokenizer.backend, name, given
-    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend: Any = Backend.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     return backend, IMAGE_TOKEN, backend.token_to_id(IMAGE_TOKEN)
 
@@ -261,7 +261,8 @@ def _tensors(vlm: VLM, image_id: int) -> dict[str, mx.array]:
 
 
 def _config(vlm: VLM, image_id: int, rows: int, ids: dict[str, int]) -> dict[str, Any]:
-    config, args = vlm.config, vlm.language.args
+    language: Any = vlm.language
+    config, args = vlm.config, language.args
     kind = config.language["model_type"]
     more, fixed = FAMILY[kind]
     text = {"model_type": kind, **{name: getattr(args, name) for name in (*TEXT, *more)}, **fixed}
