@@ -183,7 +183,7 @@ def test_sizes_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "--q-group-size (=64) does not divide the 96 inputs of language.model.layers.0.mlp.d"
         in said
     )
-    assert "misses 2 layers" in said and "use 32, or leave it out" in said
+    assert "nor of 2 layers in all" in said and "use 32, or leave it out" in said
     config = tiny_config()
     config.language.update(hidden_size=20, intermediate_size=36, head_dim=4)
     with pytest.raises(ConfigError, match=r"groups of 32 or 64 or 128 .* 20 or 36.* nothing to"):

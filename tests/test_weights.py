@@ -221,7 +221,7 @@ def test_a_save_that_fails_leaves_the_old_model(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlxvlm.weights.save._write_tensors", full)
+    monkeypatch.setattr("mlxvlm.weights.save.write_tensors", full)
     with pytest.raises(OSError):
         save(tiny_vlm(seed=2), tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before

@@ -168,7 +168,7 @@ def _own(language: nn.Module, wanted: Quantisation) -> Callable[[str, Any], bool
 
 def _misfit(misfits: dict[str, int], wanted: Quantisation) -> str:
     path, width = min(misfits.items())
-    more = f" (it misses {len(misfits)} layers)" if len(misfits) > 1 else ""
+    more = f" (nor of {len(misfits)} layers in all)" if len(misfits) > 1 else ""
     sizes = MODES[wanted.mode][0]
     fits = [size for size in sorted(sizes) if not any(w % size for w in misfits.values())]
     way = f"use {_either(fits)}, or leave" if fits else "leave"
