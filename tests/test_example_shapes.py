@@ -353,6 +353,12 @@ def solve_relation(text: str, scene: world.Scene) -> str:
     if " or " not in found[2]:
         far = beyond(found[2], scene, a, b)
         assert abs(far) > 5, f"{text}: too close to tell"
+        ask = re.search(r"left|right|above|below", found[2])
+        assert ask
+        other = {"left": "right", "right": "left", "above": "below", "below": "above"}
+        told = ask[0] if far > 0 else other[ask[0]]
+        told += " of" if told in ("left", "right") else ""
+        said += f" The {found[1]} is {told} the {found[3]}."
         return f"{said} {'Yes' if far > 0 else 'No'}"
     sides = re.findall(r"left|right|above|below", found[2])
     sides = [f"{side} of" if side in ("left", "right") else side for side in sides]

@@ -78,7 +78,7 @@ MIXES: dict[str, dict[str, float]] = {
         "at": 1.2,
         "where": 0.7,
         "where_cs": 1.0,
-        "relation": 2.2,
+        "relation": 3.0,
         "next": 1.8,
         "yesno": 1.4,
         "number": 0.3,

@@ -1,6 +1,7 @@
 """Questions in two steps: find one thing, then look beside it.
 
-The answers say first what decides: the column or row of each, or the place of the one found first.
+The answers say first what decides: the column or row of each and what follows from them, or the
+place of the one found first.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def ask_relation(scene: Scene, rng: random.Random) -> QA | None:
     holds = offset(side, a, b) > 0
     thirds = [COLUMNS[item.column] if across else ROWS[item.row] for item in (a, b)]
     answer = "".join(f"The {n}| is in the {t}. " for n, t in zip(names, thirds, strict=True))
-    if rng.random() < 0.5:
-        answer += f"{'Yes' if holds else 'No'}."
-        return make("relation", ask, rng, answer, words, "relation", words, side=side, **slots)
     told = side if holds else OPPOSITE[side]
     answer += f"The {slots['a']} is {told} the {slots['b']}."
+    if rng.random() < 0.5:
+        answer += " Yes." if holds else " No."
+        return make("relation", ask, rng, answer, words, "relation", words, side=side, **slots)
     slots |= {"side": side.removesuffix(" of"), "other": OPPOSITE[side]}
     return make("relation", f"{ask} or", rng, answer, words, "relation_or", words, **slots)
 

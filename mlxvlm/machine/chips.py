@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from ..errors import UsageError
-from .limits import memory_size
+from .ceilings import matmul_rate
+from .limits import gpu_memory, memory_size
 from .macos import ask
 
 GB = 10**9
@@ -92,7 +90,7 @@ def machine(memory: str | None = None, chip: str | None = None) -> Machine:
     total = size or memory_size()
     apple = wanted or found
     if apple is None and (size is None or sys.platform != "darwin"):
-        rate = measured_tflops()
+        rate = matmul_rate() / 1e12
         note = f"{rate:.2g} TFLOP/s in a matrix product just now"
         usable = int(CPU_SHARE * total) if size is None else _gpu_share(total)
         return Machine("this computer", total, usable, rate, rate, rate, True, note)
@@ -101,7 +99,7 @@ def machine(memory: str | None = None, chip: str | None = None) -> Machine:
     note = f"{told}{known.tflops:g} TFLOP/s at its peak, {known.bandwidth:g} GB/s"
     low, high = (known.tflops * share for share in TRAINING_RANGE)
     here = wanted is None and size is None
-    usable = _told_by_metal() if here else None
+    usable = gpu_memory() if here else None
     return Machine(name, total, usable or _gpu_share(total), known.tflops, low, high, here, note)
 
 
@@ -134,23 +132,6 @@ def parse_memory(text: str) -> int:
     return int(size * {"M": 2**20, "G": 2**30, "T": 2**40}[(found[2] or "G")[0]])
 
 
-def measured_tflops(side: int = 1024, seconds: float = 0.3) -> float:
-    """TFLOP/s of a float32 matrix product here, at its best."""
-    a = mx.random.uniform(shape=(side, side), key=mx.random.key(0))
-    mx.eval(a, a @ a)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        started = time.perf_counter()
-        mx.eval(a @ a)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best / 1e12
-
-
 def _gpu_share(total: int) -> int:
     share = next(share for most, share in GPU_SHARES if total <= most)
     return int(share * total)
-
-
-def _told_by_metal() -> int | None:
-    told = mx.device_info().get("max_recommended_working_set_size")
-    return int(told) if told else None

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from .macos import ask
+
 # Freed memory that MLX may keep. A training step reuses the same large buffers again and again; an
 # encoder or a chat meets ever new sizes.
 TRAINING_SHARE = 0.25
@@ -37,6 +39,21 @@ def memory_size() -> int:
     """Bytes of RAM; MLX tells them on Metal only."""
     told = mx.device_info().get("memory_size")
     return int(told or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def gpu_memory() -> int | None:
+    """Bytes that Metal advises the GPU to hold at once; None where MLX does not tell them."""
+    told = mx.device_info().get("max_recommended_working_set_size")
+    return int(told) if told else None
+
+
+def wired_limit() -> int | None:
+    """Bytes of `iogpu.wired_limit_mb`: what the GPU may keep from being swapped, 0 for what macOS
+    decides itself; None where there is no such setting."""
+    done = ask("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
+    if done is None or done.returncode or not done.stdout.strip().isdecimal():
+        return None
+    return int(done.stdout) * 2**20
 
 
 def allow_open_files() -> None:
