@@ -88,13 +88,16 @@ def fill(
     prefixes: tuple[str, ...] = ("",),
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, Any] | None = None,
+    quantise: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Gives a module its parameters, all of them, or raises and names what does not fit.
 
     rename: a tensor's name in the file -> the parameter's, or None for one that is known to be of
     no use. prefixes: only parameters that start so are filled, and only such tensors are looked at.
+    quantise: layers that become quantised as they are read, each with what `to_quantized` takes.
     Values are read one tensor at a time, so memory holds one copy and the tensor at hand.
     """
+    quantise = quantise or {}
     where = str(checkpoint.folder)
     weights = fit(module, checkpoint, rename, prefixes, dtype, quantization)
     ready, bad = [], []
@@ -106,8 +109,17 @@ def fill(
             raise WeightsError(f"{where}: {name} cannot be read: {error}.") from None
         if not finite(value):
             bad.append(name)
-        ready.append((name, value))
+        path = name.removesuffix(".weight")
+        if path != name and path in quantise:
+            parts = mx.quantize(value, **quantise[path])  # floating blocks have no biases
+            mx.eval(parts)
+            leaves = ("weight", "scales", "biases")
+            ready += [(f"{path}.{leaf}", x) for leaf, x in zip(leaves, parts, strict=False)]
+        else:
+            ready.append((name, value))
     report(where, not_finite=bad)
+    if quantise:
+        nn.quantize(module, class_predicate=lambda path, _: dict(quantise.get(path, {})) or False)
     module.load_weights(ready, strict=False)
 
 

@@ -145,6 +145,35 @@ def _resize(raw: dict[str, Any], size: Any, clip: bool, where: str) -> tuple[str
     return ("pad" if raw.get("do_pad") else "squash"), height
 
 
+def processor_config(tiling: TilingConfig, vision: VisionConfig) -> dict[str, Any]:
+    """The preprocessor_config.json that makes the same pixels of a picture, where it is one view.
+
+    What `preprocessing` reads back; a padded canvas is of the mean's colour.
+    """
+    square = {"height": tiling.image_size, "width": tiling.image_size}
+    names = {v: k for k, v in RESAMPLE.items()}
+    squash = tiling.resize == "squash"
+    kind = {"squash": "Siglip", "crop": "CLIP", "pad": "Llava"}[tiling.resize]
+    raw: dict[str, Any] = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": tiling.image_size},
+        "resample": names[tiling.resample],
+        "do_center_crop": not squash,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+    if not squash:
+        raw["crop_size"] = square
+    if tiling.resize == "pad":
+        raw["do_pad"] = True
+    return raw
+
+
 def processor(folder: Path) -> dict[str, Any]:
     """What the folder says of its image processor; empty where it has no such file."""
     for name in ("preprocessor_config.json", "processor_config.json"):
