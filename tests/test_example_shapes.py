@@ -708,7 +708,7 @@ def test_empty_patches_say_the_place_that_holds_most_of_them():
     checked = 0
     for scene in DRAWN[:80]:
         held = drawing.patch_items(scene)
-        for target in data.align(as_drawn(scene)):
+        for target in data.align(scene):
             if held[target["token"]] is None:
                 y, x = (i * world.PATCH + world.PATCH / 2 for i in divmod(target["token"], side))
                 words = world.place_words(int(y // world.CELL), int(x // world.CELL))

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.shapes.camera import Shot, as_drawn, shoot
+from examples.shapes.camera import Map, Shot, as_drawn, shoot
 from examples.shapes.drawing import patch_items
 from examples.shapes.phrases import ABSENT
 from examples.shapes.qa import QA, in_one_word, turns
@@ -63,16 +63,15 @@ def scenes(split: str, count: int, start: int = 0) -> Iterator[Scene]:
         yield scene
 
 
-def align(shot: Shot) -> list[dict[str, Any]]:
+def align(scene: Scene, found: Map | None = None) -> list[dict[str, Any]]:
     """What the visual tokens show: the words of the item that covers a patch, and for a few empty
-    patches of a drawn scene, that nothing is in that place."""
-    found = []
+    patches of a drawn scene, that nothing is in that place. found: as in `patch_items`."""
+    shown = []
     empty = []
     side = SIZE // PATCH
-    scene = shot.drawn
-    for token, item in enumerate(patch_items(scene, shot.map)):
+    for token, item in enumerate(patch_items(scene, found)):
         if item:
-            found.append({"image": 0, "token": token, "words": list(item.words)})
+            shown.append({"image": 0, "token": token, "words": list(item.words)})
         else:
             empty.append(token)
     if scene.items:
@@ -80,8 +79,8 @@ def align(shot: Shot) -> list[dict[str, Any]]:
         for token in sorted(rng.sample(empty, min(EMPTY_PATCHES, len(empty)))):
             row, column = ((PATCH * i + PATCH // 2) // CELL for i in divmod(token, side))
             words = [ABSENT, *place_words(row, column)]
-            found.append({"image": 0, "token": token, "words": words})
-    return found
+            shown.append({"image": 0, "token": token, "words": words})
+    return shown
 
 
 def row(image: str, qas: Sequence[QA], aligned: list[dict[str, Any]] | None = None) -> dict:
@@ -96,6 +95,11 @@ def row(image: str, qas: Sequence[QA], aligned: list[dict[str, Any]] | None = No
     return {"image": image, "messages": turns(qas), "targets": targets}
 
 
+def rows(image: str, chats: Sequence[Sequence[QA]], aligned: list[dict[str, Any]]) -> list[dict]:
+    """Rows about one picture; the first of them says what its visual tokens show."""
+    return [row(image, chat, None if i else aligned) for i, chat in enumerate(chats)]
+
+
 def _put(qa: QA, rng: random.Random) -> QA:
     return loosely(qa, rng) if rng.random() < LOOSE else qa
 
@@ -105,7 +109,7 @@ def pretrain_rows(shot: Shot, image: str, count: int = QUESTIONS) -> list[dict]:
     rng = random.Random(f"short {scene.seed}")
     qas = ask_many(scene, count, "pretrain")
     qas = [rng.random() < SHORT and in_one_word(qa) or _put(qa, rng) for qa in qas]
-    return [row(image, [qa], None if i else align(shot)) for i, qa in enumerate(qas)]
+    return rows(image, [[qa] for qa in qas], align(shot.drawn, shot.map))
 
 
 def describe_rows(shot: Shot, image: str) -> list[dict]:
@@ -121,7 +125,7 @@ def describe_rows(shot: Shot, image: str) -> list[dict]:
         qas += ask_many(scene, BOXES, "boxes", {"box": 1.0})
     qas += [ask_one("outside", scene)] if scene.seed % 3 == 0 else []
     found = [_put(qa, rng) for qa in filter(None, qas)]
-    return [row(image, [qa], None if i else align(shot)) for i, qa in enumerate(found)]
+    return rows(image, [[qa] for qa in found], align(shot.drawn, shot.map))
 
 
 def chat_rows(shot: Shot, image: str) -> list[dict]:
@@ -137,14 +141,14 @@ def chat_rows(shot: Shot, image: str) -> list[dict]:
             qas[rng.randrange(len(qas))] = qa
     qas = [_put(qa, rng) for qa in qas]
     chats = [chat for chat in (qas[:4], qas[4:]) if chat]
-    return [row(image, chat, None if i else align(shot)) for i, chat in enumerate(chats)]
+    return rows(image, chats, align(shot.drawn, shot.map))
 
 
 def name_of(index: int) -> str:
     return f"{index // 1000:03d}/{index:06d}.png"
 
 
-def _dump(rows: Iterable[dict], file: Any) -> None:
+def dump(rows: Iterable[dict], file: Any) -> None:
     for raw in rows:
         file.write(json.dumps(raw, separators=(",", ":")) + "\n")
 
@@ -159,17 +163,17 @@ def write(out: Path, count: int, val: int = 96, start: int = 0) -> None:
                 (images / name).parent.mkdir(parents=True, exist_ok=True)
             shot = shoot(scene)
             shot.image.save(images / name, compress_level=1)
-            _dump((describe_rows if i % 4 == 3 else pretrain_rows)(shot, name), pretrain)
+            dump((describe_rows if i % 4 == 3 else pretrain_rows)(shot, name), pretrain)
             # Two of five pictures of the second stage are chatted about, two are described.
             make = (chat_rows, describe_rows, chat_rows, describe_rows, pretrain_rows)[i % 5]
-            _dump(make(shot, name), sft)
+            dump(make(shot, name), sft)
     with (out / "val.jsonl").open("w") as file:
         (images / "val").mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(scenes("progress", val)):
             name = f"val/{i:06d}.png"
             shot = as_drawn(scene)
             shot.image.save(images / name, compress_level=1)
-            _dump(pretrain_rows(shot, name), file)
+            dump(pretrain_rows(shot, name), file)
 
 
 def main() -> None:

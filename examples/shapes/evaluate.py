@@ -41,6 +41,8 @@ from mlxvlm.prompts import Prompt, normalize_messages, render_many
 
 # A scene to anything that the model opens as a picture.
 Draw = Callable[[Scene], Image.Image | Path]
+# A question, or a chat, which is right if all of its answers are.
+Asked = QA | Sequence[QA]
 
 
 @dataclass
@@ -92,9 +94,9 @@ class _Branches(BranchCache):
 
 
 def verdicts(
-    vlm: Any, asked: Sequence[tuple[Any, QA]], batch: int = 64, pictures: int = 32
+    vlm: Any, asked: Sequence[tuple[Any, Asked]], batch: int = 64, pictures: int = 32
 ) -> list[Verdict]:
-    """What greedy decoding makes of each (features, question).
+    """What greedy decoding makes of each (features, question or chat).
 
     Questions about one picture share its computation: they all begin with it.
     """
@@ -126,11 +128,11 @@ def verdicts(
     return [found[i] for i in range(len(asked))]
 
 
-def tokenized(vlm: Any, asked: Sequence[tuple[Any, QA]]) -> list[Prompt]:
-    """Tokens of each (features, question) with its right answer, all in one go."""
+def tokenized(vlm: Any, asked: Sequence[tuple[Any, Asked]]) -> list[Prompt]:
+    """Tokens of each (features, question or chat) with its right answers, all in one go."""
     rows = []
     for picture, qa in asked:
-        parts, _ = normalize_messages(turns([qa]), [picture])
+        parts, _ = normalize_messages(turns([qa] if isinstance(qa, QA) else qa), [picture])
         rows.append((parts, [visual_tokens(vlm.config, picture.cut)]))
     return render_many(rows, vlm.tokenizer, vlm.config.prompt, False)
 
@@ -159,7 +161,7 @@ def _verdicts(
     return [Verdict(bool(ok), int(guess[at])) for ok, at in zip(right, starts, strict=True)]
 
 
-def right_answers(vlm: Any, asked: Sequence[tuple[Any, QA]]) -> list[bool]:
+def right_answers(vlm: Any, asked: Sequence[tuple[Any, Asked]]) -> list[bool]:
     """Whether greedy decoding answers each (features, question) exactly right."""
     return [verdict.right for verdict in verdicts(vlm, asked)]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer
 
 from examples.shapes.tokenizer import CONTROLS, build, tokenizer_config
 from mlxvlm.language.load import build_language
@@ -55,10 +56,14 @@ def weights(raw: dict) -> dict[str, mx.array]:
     return found
 
 
-def save(out: Path, seed: int = 0, **changes: int) -> int:
-    """Writes the folder; the number of tokens in the vocabulary. `changes` are to its config."""
+def save(out: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **changes: int) -> int:
+    """Writes the folder; the number of tokens in the vocabulary.
+
+    tokenizer: one with the same `CONTROLS`, instead of the drawn world's. `changes` are to the
+    config.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build()
+    tokenizer = tokenizer or build()
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     vocab = tokenizer.get_vocab()
     bos, end, *_, eot, _ = (vocab[name] for name in CONTROLS)

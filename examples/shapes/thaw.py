@@ -22,8 +22,7 @@ from typing import Any
 
 import mlxvlm
 from examples.shapes import language
-from examples.shapes.camera import as_drawn
-from examples.shapes.data import align, name_of, row
+from examples.shapes.data import align, dump, name_of, rows
 from examples.shapes.drawing import draw
 from examples.shapes.evaluate import features, right_answers
 from examples.shapes.exam import asks, wilson
@@ -61,9 +60,7 @@ def write_data(out: Path, count: int) -> None:
             path = out / "images" / name_of(i)
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(scene).save(path, compress_level=1)
-            for n, qa in enumerate(questions(scene)):
-                raw = row(name_of(i), [qa], None if n else align(as_drawn(scene)))
-                file.write(json.dumps(raw, separators=(",", ":")) + "\n")
+            dump(rows(name_of(i), [[qa] for qa in questions(scene)], align(scene)), file)
 
 
 def take(each: int) -> list[tuple[Scene, QA]]:

@@ -7,9 +7,9 @@ merges exist only for the stems of plurals, " circle" + "s". Any other text fall
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.shapes.phrases import PLURALS, printed, vocabulary
 
@@ -62,6 +62,12 @@ def build(extra: Sequence[str] = ()) -> Tokenizer:
     for entry in entries:
         vocab.setdefault(entry, len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    _dress(tokenizer)
+    return _with_controls(tokenizer)
+
+
+def _dress(tokenizer: Tokenizer) -> None:
+    """Splits text as Llama-3 does, into bytes."""
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
@@ -69,9 +75,26 @@ def build(extra: Sequence[str] = ()) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+
+
+def _with_controls(tokenizer: Tokenizer) -> Tokenizer:
     controls = [AddedToken(name, special=True, normalized=False) for name in CONTROLS]
     tokenizer.add_special_tokens(controls)  # type: ignore[arg-type]
     return tokenizer
+
+
+def learn(texts: Iterable[str], size: int) -> Tokenizer:
+    """An ordinary byte-level BPE of `size` tokens, its merges learnt from texts: what `build` is
+    compared with. Words that are rare among the texts come apart."""
+    tokenizer = Tokenizer(models.BPE())
+    _dress(tokenizer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(CONTROLS),  # type: ignore[call-arg]
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # type: ignore[call-arg]
+        show_progress=False,  # type: ignore[call-arg]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _with_controls(tokenizer)
 
 
 def tokenizer_config() -> dict:
