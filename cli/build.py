@@ -15,13 +15,16 @@ OWN_FLAGS = {
     "num_layers": ("--projector-layers", ("attention", "c_abstractor")),
     "num_attention_heads": ("--projector-heads", ("attention", "resampler")),
     "num_positions": ("--num-positions", ("attention",)),
+    "layer_norm": ("--projector-norm", ("mlp",)),
 }
 
 
 def build(
     vision: Annotated[
         str,
-        typer.Option(help="SigLIP, CLIP, or a model whose encoder to take: a folder or a hub id."),
+        typer.Option(
+            help="SigLIP, CLIP, InternViT, or a model whose encoder to take: a folder or a hub id."
+        ),
     ],
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
@@ -55,6 +58,13 @@ def build(
         int | None,
         typer.Option(
             min=0, help="Heads of attention's blocks, or of resampler. [0: width / 64, / 128]"
+        ),
+    ] = None,
+    projector_norm: Annotated[
+        bool | None,
+        typer.Option(
+            "--projector-norm/--no-projector-norm",
+            help="A LayerNorm at the head of mlp, as InternVL's. [off]",
         ),
     ] = None,
     num_positions: Annotated[
@@ -150,6 +160,7 @@ def build(
         "num_layers": projector_layers,
         "num_attention_heads": projector_heads,
         "num_positions": num_positions,
+        "layer_norm": projector_norm,
     }
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:

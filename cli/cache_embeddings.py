@@ -41,7 +41,7 @@ def cache_embeddings(
             "-m",
             "--vision",
             metavar="MODEL",
-            help="Whose encoder: a SigLIP or CLIP, or a whole model; a folder or a hub id.",
+            help="Whose encoder: SigLIP, CLIP, InternViT, or a whole model; a folder or a hub id.",
         ),
     ],
     images: Annotated[

@@ -18,7 +18,9 @@ from mlxvlm.cli.boundary import Boundary
 from mlxvlm.cli.build import build
 from mlxvlm.cli.cache_embeddings import cache_embeddings
 from mlxvlm.cli.chat import chat
+from mlxvlm.cli.convert import convert
 from mlxvlm.cli.doctor import doctor
+from mlxvlm.cli.export import export
 from mlxvlm.cli.fuse import fuse
 from mlxvlm.cli.plan import plan
 from mlxvlm.cli.score import score
@@ -54,7 +56,7 @@ app.command()(score)
 app.command()(cache_embeddings)
 app.add_typer(cache.app, name="cache")
 app.add_typer(data.app, name="data")
-for command in (build, pretrain, sft, lora, plan, fuse, bench, doctor):
+for command in (build, pretrain, sft, lora, plan, fuse, convert, export, bench, doctor):
     app.command()(command)
 
 

@@ -18,7 +18,13 @@ import mlx.core as mx
 
 from .boxes import parse
 from .errors import ConfigError, VLMError
-from .language.generate import PREFILL_STEP_SIZE, Sampling, check_settings, prefill
+from .language.generate import (
+    PREFILL_STEP_SIZE,
+    Sampling,
+    check_settings,
+    decoder_of_many,
+    prefill,
+)
 from .language.kv import KVSettings, make_caches
 from .reply import Reply, generate, room, with_defaults
 from .reuse import Reuse, pure_length
@@ -132,18 +138,9 @@ def _run(
     stop: str | Sequence[str],
     settings: dict[str, Any],
 ) -> Generator[tuple[int, Reply | VLMError]]:
-    from mlx_lm.generate import BatchGenerator
-
     tokenizer = vlm.tokenizer
     stop_ids = frozenset(tokenizer.eos_token_ids) if tokenizer else frozenset()
-    # Its own stream would restore ours in the midst of the caller's work.
-    together = BatchGenerator(
-        vlm.language,
-        stop_tokens=[[i] for i in sorted(stop_ids)],
-        completion_batch_size=batch_size,
-        prefill_batch_size=batch_size,
-        stream=mx.default_stream(mx.default_device()),
-    )
+    together = decoder_of_many(vlm.language, stop_ids, batch_size)
     active: dict[int, _Answer] = {}
     waiting = enumerate(asks)
     more = True

@@ -19,7 +19,10 @@ from .errors import ConfigError
 
 MODEL_TYPE = "mlxvlm"
 FORMAT_VERSION = 1
-POOLS = ("none", "mean2", "concat2", "concat3")
+# Poolings of a view's square of tokens, and the side of the cells that they work on.
+POOLS = {"none": 1, "mean2": 2, "concat2": 2, "concat2_columns": 2, "concat3": 3}
+# Vision towers whose first token stands for the whole view.
+CLASS_TOKENS = ("clip_vision_model", "internvl_vision")
 # Projectors that give so many tokens a view, whatever the encoder gives them.
 NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96}
 
@@ -138,6 +141,8 @@ class VisionConfig:
     vision_feature_select_strategy: "full" (every token) or "default" (drop the first: CLIP's class
         token, and on SigLIP, as transformers does, a patch).
     vision_use_head: whether the checkpoint carries SigLIP's attention-pooling head.
+    norm_type, attention_bias, use_qk_norm: InternViT's "layer_norm" or "rms_norm", biases of
+        queries, keys and values, and whether queries and keys are normed over their full width.
     image_mean, image_std: the encoder normalises uint8 views as (x / 255 - mean) / std.
     """
 
@@ -155,13 +160,21 @@ class VisionConfig:
     vision_feature_norm: bool = True
     vision_feature_select_strategy: str = "full"
     vision_use_head: bool = False
+    norm_type: str = "layer_norm"
+    attention_bias: bool = True
+    use_qk_norm: bool = False
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
         self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]
         self.image_std = tuple(self.image_std)  # type: ignore[assignment]
-        _one_of("vision.model_type", self.model_type, ("siglip_vision_model", "clip_vision_model"))
+        _one_of(
+            "vision.model_type",
+            self.model_type,
+            ("siglip_vision_model", "clip_vision_model", "internvl_vision"),
+        )
+        _one_of("vision.norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         _one_of(
             "vision.vision_feature_select_strategy",
             self.vision_feature_select_strategy,
@@ -192,7 +205,7 @@ class VisionConfig:
 
     @property
     def has_class_token(self) -> bool:
-        return self.model_type == "clip_vision_model"
+        return self.model_type in CLASS_TOKENS
 
     @property
     def num_tokens(self) -> int:
@@ -218,7 +231,10 @@ class ProjectorConfig:
         fused attention.
     intermediate_size: the blocks' MLP width; 0 means 4 x hidden_size.
     pool: "none", "mean2" (2x2 mean, parameter-free, may be cached), "concat2" or "concat3"
-        (2x2 or 3x3 neighbours side by side as one token); it comes first.
+        (2x2 or 3x3 neighbours side by side as one token), or "concat2_columns" (the same tokens as
+        concat2, column after column); it comes first. InternVL's pixel unshuffle is concat2 in its
+        second version, concat2_columns in its first.
+    layer_norm: whether mlp begins with a LayerNorm over what `pool` gives, as InternVL's.
     num_query_tokens: what c_abstractor (a square number) and resampler give for a view; 0 means 144
         and 96. The others give what `pool` leaves.
     num_positions: size of attention's learned position table after the first Linear; 0 means none,
@@ -233,6 +249,7 @@ class ProjectorConfig:
     num_attention_heads: int = 0
     intermediate_size: int = 0
     pool: str = "none"
+    layer_norm: bool = False
     num_query_tokens: int = 0
     num_positions: int = 0
     hidden_act: str = ""
@@ -241,7 +258,9 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         _one_of("projector.type", self.type, ("attention", "mlp", "c_abstractor", "resampler"))
-        _one_of("projector.pool", self.pool, POOLS)
+        _one_of("projector.pool", self.pool, tuple(POOLS))
+        if self.layer_norm and self.type != "mlp":
+            raise ConfigError(f"projector.layer_norm belongs to 'mlp', not to {self.type!r}.")
         convolves = self.type == "c_abstractor"
         self.num_layers = self.num_layers or (3 if convolves else 2)
         self.hidden_act = self.hidden_act or ("silu" if convolves else "gelu")
@@ -337,6 +356,11 @@ class ModelConfig:
                 "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad'), and "
                 "projector.type 'resampler' gives queries, which are none: choose 'c_abstractor' "
                 "for few tokens, or 'dynamic' tiles, which go with any projector."
+            )
+        if self.projector.pool == "concat2_columns":
+            raise ConfigError(
+                "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad') of "
+                "tokens in rows: choose projector.pool 'concat2', not 'concat2_columns'."
             )
         if math.isqrt(self.tokens_per_view) ** 2 != self.tokens_per_view:
             raise ConfigError(
@@ -446,7 +470,7 @@ def pooled_side(vision: VisionConfig, pool: str, asker: str) -> int:
             f"{asker} needs the whole square grid of patches: set "
             "vision.vision_feature_select_strategy to 'default' for CLIP, 'full' for SigLIP."
         )
-    return vision.grid if pool == "none" else -(-vision.grid // int(pool[-1]))
+    return -(-vision.grid // POOLS[pool])
 
 
 def view_tokens(vision: VisionConfig, projector: ProjectorConfig) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.lora_json import compare, forms, rows
 from examples.lora_json.rows import json_rows, ordinary_rows
-from examples.shapes.world import make_scene, seeds
+from examples.shapes.world import NUMBERS, make_scene, seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "lora_json"
@@ -35,14 +35,14 @@ def test_descriptions_name_every_item_by_its_place():
         if scene.kind == "texture":
             assert list(found) == ["answer"]
         elif scene.bars:
-            assert found == {f"The {bar.color} bar": bar.height for bar in scene.bars}
-            assert list(found) == [f"The {bar.color} bar" for bar in scene.bars]
+            assert list(found) == ["bars"]
+            told = [bar.split() for bar in found["bars"]]
+            assert told == [[bar.color, NUMBERS[bar.height]] for bar in scene.bars]
         else:
-            assert len(found) == len(scene.items)
-            for item in scene.items:
-                assert all(
-                    word in found[item.place.capitalize()].split() for word in item.words[:2]
-                )
+            assert list(found) == ["items"]
+            for item, told in zip(scene.items, found["items"], strict=True):
+                assert told.startswith(f"{item.place.capitalize()}: ") and told.endswith(".")
+                assert all(word in told[:-1].split() for word in item.words[:2])
     assert kinds == {"texture", "bars", "printed", "shapes"}
 
 

@@ -221,7 +221,7 @@ def test_a_save_that_fails_leaves_the_old_model(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlxvlm.weights.save._write_tensors", full)
+    monkeypatch.setattr("mlxvlm.weights.save.write_tensors", full)
     with pytest.raises(OSError):
         save(tiny_vlm(seed=2), tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
@@ -347,7 +347,11 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     assert "has no weights" in message(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/x'\ntR.")
     assert "pickles (pytorch_model.bin)" in message(folder)
-    assert "save_pretrained" in message(folder)
+    (folder / "training_args.bin").write_bytes(b"\x80")  # no weights, so no part of the command
+    told = message(folder)
+    assert "weights_only=True" in told and told.endswith(
+        f'sys.argv[1:]]" {folder}/pytorch_model.bin'
+    )
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-1.safetensors").write_bytes(whole)

@@ -7,6 +7,7 @@ opened: loading one runs code that its author chose.
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,12 +28,16 @@ INDEX = "model.safetensors.index.json"
 # safetensors files that are no part of a model's own weights.
 BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, "adapter_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Pickles that a trainer leaves beside a model: they hold no weights.
+OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 MAX_HEADER = 100_000_000
 
-HOW_TO_CONVERT = (
-    'Convert it in a place that you trust: `python -c "from transformers import AutoModel; '
-    "AutoModel.from_pretrained('IN').save_pretrained('OUT')\"` (the model's own class instead of "
-    "AutoModel where it has a head), or choose a repository with .safetensors files."
+# In a line for a shell: torch reads tensors only (weights_only), whatever else a pickle asks for.
+TO_SAFETENSORS = (
+    'python -c "import sys, torch; from safetensors.torch import save_file; '
+    "[save_file({k: v.contiguous().clone() for k, v in torch.load(f, map_location='cpu', "
+    "weights_only=True).items()}, f.rsplit('.', 1)[0] + '.safetensors', {'format': 'pt'}) "
+    'for f in sys.argv[1:]]" '
 )
 
 
@@ -160,14 +165,28 @@ def weight_files(folder: Path) -> list[Path]:
     whole = [f for f in found if not f.name.startswith("consolidated")] or found
     if whole:
         return whole
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+    pickles = sorted(
+        f.name
+        for f in folder.iterdir()
+        if f.suffix in PICKLES and not f.name.startswith(OF_TRAINING)
+    )
     if pickles:
         raise WeightsError(
             f"{folder} has its weights only as pickles ({', '.join(pickles[:3])}"
             f"{', ...' if len(pickles) > 3 else ''}), which can run code when opened and are never "
-            f"loaded. {HOW_TO_CONVERT}"
+            f"loaded. {how_to_convert([folder / name for name in pickles])}"
         )
     raise WeightsError(f"{folder} has no weights: no {SINGLE}, and no other .safetensors file.")
+
+
+def how_to_convert(pickles: Iterable[str | Path]) -> str:
+    """What writes the tensors of pickles into safetensors beside them, as a command to copy."""
+    return (
+        "Write them anew as .safetensors where torch and safetensors are installed (pip install "
+        "torch safetensors), then come back:\n"
+        + TO_SAFETENSORS
+        + " ".join(shlex.quote(str(file)) for file in pickles)
+    )
 
 
 def _weight_map(path: Path) -> dict[str, str]:

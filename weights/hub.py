@@ -127,10 +127,12 @@ def _from_hub(
 
     def select(names: list[str]) -> list[str] | None:
         if not any(name.endswith(".safetensors") for name in names):
+            folder = repo.split("/")[-1]
             raise HubError(
                 f"{repo} has no .safetensors files. Weights in other formats (pickles such as .bin "
                 "and .pt can run code when opened) are never loaded: choose another repository, or "
-                "convert the weights with transformers' save_pretrained in a place that you trust."
+                f"fetch it (hf download {repo} --local-dir {folder}) and give that folder, "
+                "to be shown the command that converts it."
             )
         return None if tensors else [name for name in names if not name.endswith(".safetensors")]
 

@@ -24,7 +24,16 @@ from mlxvlm.projectors.build import build_projector
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
-from mlxvlm.weights.families import clip, llava, llava_next, llava_original, native, siglip
+from mlxvlm.weights.families import (
+    clip,
+    internvit,
+    internvl,
+    llava,
+    llava_next,
+    llava_original,
+    native,
+    siglip,
+)
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
 from mlxvlm.weights.hub import Download, resolve, resolve_outline
 from mlxvlm.weights.tensors import fill, fit, parse_dtype, rename_quantization, stored_quantization
@@ -34,8 +43,8 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original)
-ENCODERS = (siglip, clip)
+WHOLE = (native, llava, llava_next, llava_original, internvl)
+ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
 
@@ -56,7 +65,7 @@ def load(
 
     wanted = parse_dtype(dtype)
     folder = resolve(path_or_hub_id, revision, report)
-    family, checkpoint, config, tokenizer = _open_whole(folder, report=report)
+    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
     vlm = VLM(config, tokenizer)
     fill(vlm, checkpoint, family.rename, dtype=wanted, quantization=config.quantization)
     if adapter is not None:
@@ -78,7 +87,7 @@ def outline(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[VL
 
     folder, headers = resolve_outline(path_or_hub_id, revision)
     opened = Checkpoint.open if headers is None else partial(Outline.of, headers=headers)
-    family, checkpoint, config, tokenizer = _open_whole(folder, opened)
+    family, checkpoint, config, tokenizer = open_whole(folder, opened)
     vlm = VLM(config, tokenizer)
     weights = fit(vlm, checkpoint, family.rename, quantization=config.quantization)
     vlm.load_weights(list(weights.items()), strict=False)
@@ -91,7 +100,7 @@ def load_prompting(
 ) -> tuple[ModelConfig, Tokenizer]:
     """A whole model's choices and its tokenizer, without its weights."""
     folder = resolve(path_or_hub_id, revision, report)
-    *_, config, tokenizer = _open_whole(folder, report=report)
+    *_, config, tokenizer = open_whole(folder, report=report)
     return config, tokenizer
 
 
@@ -257,6 +266,27 @@ def choose_prompt(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> No
         config.prompt.layout = "mistral"
 
 
+def open_whole(
+    folder: Path,
+    opened: Callable[[Path], Checkpoint] = Checkpoint.open,
+    report: Report | None = None,
+) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
+    """A whole model's family, checkpoint, choices and tokenizer; no tensor is read."""
+    from mlxvlm.language.tokenizer import Tokenizer
+
+    family = _family(folder, WHOLE, "a vision-language model")
+    checkpoint = _checkpoint(folder, family, report, opened)
+    config = model_config(checkpoint, family)
+    tokenizer = Tokenizer.load(folder)
+    if family is llava_original:
+        config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
+    if family in (llava, llava_next):
+        choose_prompt(config, tokenizer, folder)
+    elif family is internvl:
+        internvl.find_image_token(config, checkpoint, tokenizer)
+    return family, checkpoint, config, tokenizer
+
+
 def layout_for(tokenizer: Tokenizer) -> str:
     """The prompt layout that a tokenizer's control tokens and template ask for."""
     if tokenizer.id("<|start_header_id|>") is not None:
@@ -293,24 +323,6 @@ def _checkpoint(
     if family is llava_original:
         llava_original.add_tower(checkpoint, partial(resolve, report=report))
     return checkpoint
-
-
-def _open_whole(
-    folder: Path,
-    opened: Callable[[Path], Checkpoint] = Checkpoint.open,
-    report: Report | None = None,
-) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
-    from mlxvlm.language.tokenizer import Tokenizer
-
-    family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = _checkpoint(folder, family, report, opened)
-    config = model_config(checkpoint, family)
-    tokenizer = Tokenizer.load(folder)
-    if family is llava_original:
-        config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
-    if family in (llava, llava_next):
-        choose_prompt(config, tokenizer, folder)
-    return family, checkpoint, config, tokenizer
 
 
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:

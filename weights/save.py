@@ -50,23 +50,14 @@ def save(vlm: VLM, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         )
     mx.eval(list(weights.values()))  # what is still to be read from a file must be, before it goes
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(folder, sum(w.nbytes for w in weights.values()))
+    check_room(folder, sum(w.nbytes for w in weights.values()))
     config = dataclasses.replace(vlm.config, quantization=quantization_of(vlm))
     with room_beside(folder) as beside:
-        _write_tensors(weights, beside, shard_bytes)
+        write_tensors(weights, beside, shard_bytes)
         if vlm.tokenizer is not None:
             _save_tokenizer(vlm.tokenizer, beside)
         config.save(beside / "config.json")
-        names = sorted(file.name for file in beside.iterdir())
-        for name in names:
-            sync_path(beside / name)
-        # config.json goes last: where it is new, all that it speaks of is there.
-        names.remove("config.json")
-        for name in names:
-            os.replace(beside / name, folder / name)
-        _remove_stale(folder, set(names))
-        os.replace(beside / "config.json", folder / "config.json")
-    sync_path(folder)
+        put_in_place(beside, folder)
 
 
 def quantization_of(module: nn.Module) -> dict[str, Any] | None:
@@ -83,7 +74,13 @@ def quantization_of(module: nn.Module) -> dict[str, Any] | None:
     return {**general, **{name: s for name, s in layers.items() if s != general}}
 
 
-def _write_tensors(weights: dict[str, mx.array], folder: Path, shard_bytes: int) -> None:
+def write_tensors(
+    weights: dict[str, mx.array], folder: Path, shard_bytes: int = SHARD_BYTES, writer: str = "mlx"
+) -> None:
+    """model.safetensors, or shards of at most so many bytes and their index.
+
+    writer: "mlx" or "pt", whose way convolutions are laid out.
+    """
     shards: list[dict[str, mx.array]] = [{}]
     used = 0
     for name in sorted(weights):
@@ -93,7 +90,7 @@ def _write_tensors(weights: dict[str, mx.array], folder: Path, shard_bytes: int)
             used = 0
         shards[-1][name] = weights[name]
         used += count
-    metadata = {"format": "mlx"}
+    metadata = {"format": writer}
     if len(shards) == 1:
         mx.save_safetensors(str(folder / SINGLE), shards[0], metadata)
         return
@@ -119,6 +116,20 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
+def put_in_place(beside: Path, folder: Path) -> None:
+    """The files of a new model, complete in `beside`, to their names."""
+    names = sorted(file.name for file in beside.iterdir())
+    for name in names:
+        sync_path(beside / name)
+    # config.json goes last: where it is new, all that it speaks of is there.
+    names.remove("config.json")
+    for name in names:
+        os.replace(beside / name, folder / name)
+    _remove_stale(folder, set(names))
+    os.replace(beside / "config.json", folder / "config.json")
+    sync_path(folder)
+
+
 def _remove_stale(folder: Path, written: set[str]) -> None:
     """Weights of an earlier model in the same folder, which a loader could take for this one's."""
     old = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
@@ -127,7 +138,7 @@ def _remove_stale(folder: Path, written: set[str]) -> None:
             file.unlink()
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise WeightsError(

@@ -88,13 +88,16 @@ def fill(
     prefixes: tuple[str, ...] = ("",),
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, Any] | None = None,
+    quantise: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Gives a module its parameters, all of them, or raises and names what does not fit.
 
     rename: a tensor's name in the file -> the parameter's, or None for one that is known to be of
     no use. prefixes: only parameters that start so are filled, and only such tensors are looked at.
+    quantise: layers that become quantised as they are read, each with what `to_quantized` takes.
     Values are read one tensor at a time, so memory holds one copy and the tensor at hand.
     """
+    quantise = quantise or {}
     where = str(checkpoint.folder)
     weights = fit(module, checkpoint, rename, prefixes, dtype, quantization)
     ready, bad = [], []
@@ -106,8 +109,17 @@ def fill(
             raise WeightsError(f"{where}: {name} cannot be read: {error}.") from None
         if not finite(value):
             bad.append(name)
-        ready.append((name, value))
+        path = name.removesuffix(".weight")
+        if path != name and path in quantise:
+            parts = mx.quantize(value, **quantise[path])  # floating blocks have no biases
+            mx.eval(parts)
+            leaves = ("weight", "scales", "biases")
+            ready += [(f"{path}.{leaf}", x) for leaf, x in zip(leaves, parts, strict=False)]
+        else:
+            ready.append((name, value))
     report(where, not_finite=bad)
+    if quantise:
+        nn.quantize(module, class_predicate=lambda path, _: dict(quantise.get(path, {})) or False)
     module.load_weights(ready, strict=False)
 
 
@@ -127,7 +139,8 @@ def fit(
     source = _names(checkpoint, rename, prefixes, where)
     raw = checkpoint.read(source.values())
     weights = {name: raw.pop(key) for name, key in source.items()}
-    weights = _sanitized(module, weights)
+    for part in ("language", "vision"):
+        weights = _sanitized(module, weights, part)
     weights = {n: _channels_last(n, w, checkpoint.writer) for n, w in weights.items()}
     # Before a quantised table becomes a dense one, so that it is not rounded on the way.
     weights = {n: w.astype(cast_dtype(n, w.dtype, dtype)) for n, w in weights.items()}
@@ -166,21 +179,23 @@ def _names(
     return names
 
 
-def _sanitized(module: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Lets mlx-lm's class rename, stack or drop what it knows of its own family."""
-    language = getattr(module, "language", None)
-    if language is None or not hasattr(language, "sanitize"):
+def _sanitized(module: nn.Module, weights: dict[str, mx.array], part: str) -> dict[str, mx.array]:
+    """Lets a language model's class (mlx-lm's) or a tower rename, join or drop what it knows of its
+    own family."""
+    owner = getattr(module, part, None)
+    if owner is None or not hasattr(owner, "sanitize"):
         return weights
-    prefix = "language."
+    prefix = f"{part}."
     mine = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
     if not mine:
         return weights
     rest = {n: w for n, w in weights.items() if not n.startswith(prefix)}
     try:
-        mine = language.sanitize(mine)
+        mine = owner.sanitize(mine)
     except (KeyError, ValueError, IndexError) as error:
+        kind = getattr(owner, "model_type", None) or owner.config.model_type
         raise WeightsError(
-            f"the language model's tensors are not those of a {language.model_type!r}: "
+            f"the {part} model's tensors are not those of a {kind!r}: "
             f"{error} is missing or misshapen."
         ) from None
     return {**rest, **{prefix + n: w for n, w in mine.items()}}

@@ -1,13 +1,14 @@
 """Answers as JSON: what is in a picture, and what the ordinary answer says.
 
-    {"Top left":"a big red star","Centre":"the word STOP"}      {"The red bar":7,"The blue bar":3}
+    {"items":["Top left: a big red star.","Centre: the word STOP."]}
+    {"bars":[" red seven"," blue three"]}
     {"answer":"The circle is red."}
 
-Each item is named by its place, which no other item has. The words are those of ordinary answers,
-capitals and spaces before them too: "red" with a space before it and "red" without are two tokens
-of the demo's vocabulary, as are "Top" and "top", and in its training only " red" and "Top" are ever
-said. A form of single words, {"shape":"star","color":"red"}, would have to be taught nearly a whole
-vocabulary.
+The words are those of ordinary answers, with their capitals, stops and the spaces before them:
+"red" with a space before it and "red" without are two tokens of the demo's vocabulary, as are "Top"
+and "top", and in its training only " red" and "Top" are ever said; a full stop is where it looks
+for the next item. A form of single words, {"shape":"star","color":"red"}, would have to be taught
+nearly a whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from examples.shapes.phrases import OUTSIDE
 from examples.shapes.qa import QA
 from examples.shapes.things import short
-from examples.shapes.world import Scene
+from examples.shapes.world import NUMBERS, Scene
 
 SUFFIX = " Answer as JSON."
 DESCRIBE = ("Describe the picture as JSON.", "Describe the image as JSON.")
@@ -30,12 +31,12 @@ def dump(value: dict[str, Any]) -> str:
 
 
 def description(scene: Scene) -> str:
-    """A picture's items by their places in reading order, or its bars from left to right."""
+    """A picture's items with their places, in reading order, or its bars from left to right."""
     if scene.bars:
-        return dump({f"The {bar.color} bar": bar.height for bar in scene.bars})
+        return dump({"bars": [f" {bar.color} {NUMBERS[bar.height]}" for bar in scene.bars]})
     if not scene.items:
         return dump({"answer": OUTSIDE})
-    return dump({item.place.capitalize(): short(item) for item in scene.items})
+    return dump({"items": [f"{item.place.capitalize()}: {short(item)}." for item in scene.items]})
 
 
 def answer(qa: QA) -> str:

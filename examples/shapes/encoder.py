@@ -340,7 +340,7 @@ def save(tower: SiglipVision, config: VisionConfig, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-trains the small SigLIP tower.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000, help="0 leaves the tower untrained")
+    parser.add_argument("--steps", type=int, default=8000, help="0 leaves the tower untrained")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--eval", type=int, default=256, help="held-out scenes at the end")

@@ -1,6 +1,6 @@
 """Makes the demo model from nothing: every stage is one command, and this runs them in order.
 
-python -m examples.shapes.run --out runs/shapes             # all stages: some 2 hours of one core
+python -m examples.shapes.run --out runs/shapes             # all stages: some 4 hours of one core
 python -m examples.shapes.run --out runs/shapes --from sft  # again from one stage on
 python -m examples.shapes.run --out /tmp/toy --tiny         # toy length: that everything runs
 

@@ -152,6 +152,20 @@ def prefill(
     return logits[:, -1]
 
 
+def decoder_of_many(lm: Any, stop_ids: Collection[int], size: int) -> Any:
+    """mlx-lm's BatchGenerator, for prompts that `prefill` has read and their first tokens."""
+    from mlx_lm.generate import BatchGenerator
+
+    return BatchGenerator(
+        lm,
+        stop_tokens=[[i] for i in sorted(stop_ids)],
+        completion_batch_size=size,
+        prefill_batch_size=size,
+        # As for one: its own stream would hold the caller's work between two tokens.
+        stream=mx.default_stream(mx.default_device()),
+    )
+
+
 def _run(
     lm: Any,
     ids: np.ndarray,

@@ -70,7 +70,8 @@ HARMLESS = frozenset(
     torch_dtype transformers_version use_cache attn_implementation
     max_position_embeddings tie_word_embeddings cache_implementation is_llama_config
     transformers.js_config tokenizer_class tokenizer_padding_side model_max_length
-    max_sequence_length""".split()
+    max_sequence_length use_bfloat16 diversity_penalty length_penalty num_beams num_beam_groups
+    num_return_sequences repetition_penalty temperature top_k top_p typical_p""".split()
 )
 
 # What mlx-lm's class computes, where the config may not choose; the others are SwiGLU.

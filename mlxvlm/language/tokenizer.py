@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import read_json
 from ..errors import ConfigError, PromptError
+from . import tokenizer_model
 from .plain_text import Encoded, PlainText
 
 if TYPE_CHECKING:
@@ -57,13 +58,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, or lets transformers make one of what the folder has."""
+        """Reads tokenizer.json, or makes one of what the folder has."""
         from tokenizers import Tokenizer as Backend
 
         folder = Path(folder)
         path = folder / "tokenizer.json"
         settings = _read_settings(folder)
         if not path.exists():
+            kind = str(settings["tokenizer_config"].get("tokenizer_class", ""))
+            if kind.startswith("InternLM2") and (folder / tokenizer_model.FILE).is_file():
+                return cls(tokenizer_model.convert(folder), folder, settings)
             return cls(_backend_from_transformers(folder), folder, settings)
         try:
             backend = Backend.from_file(str(path))
@@ -191,7 +195,8 @@ class Tokenizer:
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, int) and item >= 0:
                     found.add(item)
-        for token in (self.special_tokens.get("eos_token"), "<|eot_id|>"):
+        # A turn's end ends an answer, whatever eos_token says: Llama 3's and ChatML's.
+        for token in (self.special_tokens.get("eos_token"), "<|eot_id|>", "<|im_end|>"):
             if token is not None and (token_id := self.id(token)) is not None:
                 found.add(token_id)
         return found
@@ -235,8 +240,15 @@ def _template(settings: dict[str, Any]) -> str | None:
 def _backend_from_transformers(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        # It warns of every model_type that is not its own, which does not concern a tokenizer.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        finally:
+            logging.set_verbosity(verbosity)
         return tokenizer.backend_tokenizer
     except Exception as error:  # transformers raises whatever its readers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

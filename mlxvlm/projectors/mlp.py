@@ -1,4 +1,4 @@
-"""LLaVA's projector: Linear, GELU, Linear."""
+"""LLaVA's projector: Linear, GELU, Linear; and InternVL's, with a LayerNorm in front."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ class MLPProjector(nn.Module):
         self.pool = Pool(config.pool, grid)
         width = config.hidden_size or language_width
         self.act = activation(config.hidden_act)
+        if config.layer_norm:
+            width_in = vision_width * self.pool.factor
+            self.layer_norm = nn.LayerNorm(width_in, eps=config.layer_norm_eps)
         self.linear_1 = nn.Linear(vision_width * self.pool.factor, width, bias=config.bias)
         self.linear_2 = nn.Linear(width, language_width, bias=config.bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_2(self.act(self.linear_1(self.pool(x))))
+        x = self.pool(x)
+        if "layer_norm" in self:
+            x = self.layer_norm(x)
+        return self.linear_2(self.act(self.linear_1(x)))

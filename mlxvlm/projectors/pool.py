@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..config import POOLS
 from ..errors import ConfigError
 from ..vision.pooling import concat, mean2
 
@@ -17,7 +18,7 @@ class Pool:
     def __init__(self, pool: str, grid: int):
         self.kind = pool
         self.grid = grid
-        self.window = 1 if pool == "none" else int(pool[-1])
+        self.window = POOLS[pool]
         self.factor = self.window**2 if pool.startswith("concat") else 1
         self.side = -(-grid // self.window)
         self.tokens = self.side**2
@@ -32,4 +33,10 @@ class Pool:
                 f"projector.pool {self.kind!r} takes {self.grid**2} tokens a view "
                 f"({self.grid} x {self.grid}){also}, but the features have {T}."
             )
-        return mean2(x, self.grid) if self.kind == "mean2" else concat(x, self.grid, self.window)
+        if self.kind == "mean2":
+            return mean2(x, self.grid)
+        x = concat(x, self.grid, self.window)
+        if self.kind == "concat2_columns":
+            N, T, D = x.shape
+            x = x.reshape(N, self.side, self.side, D).swapaxes(1, 2).reshape(N, T, D)
+        return x

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from ..config import VisionConfig
 from .clip import ClipVision
+from .internvit import InternVit
 from .siglip import SiglipVision
 
-TOWERS = {"siglip_vision_model": SiglipVision, "clip_vision_model": ClipVision}
+Tower = SiglipVision | ClipVision | InternVit
+TOWERS = {
+    "siglip_vision_model": SiglipVision,
+    "clip_vision_model": ClipVision,
+    "internvl_vision": InternVit,
+}
 
 
-def build_vision(config: VisionConfig) -> SiglipVision | ClipVision:
+def build_vision(config: VisionConfig) -> Tower:
     """The tower that `config.model_type` names, with random weights."""
     return TOWERS[config.model_type](config)

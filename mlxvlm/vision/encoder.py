@@ -14,9 +14,8 @@ from mlx.utils import tree_flatten
 from ..config import TilingConfig, VisionConfig, is_adapter, pooled_tokens
 from ..errors import ConfigError, PictureError
 from ..images.picture import Features, Picture
-from .clip import ClipVision
+from .build import Tower
 from .pooling import mean2
-from .siglip import SiglipVision
 
 # float16 is left out: activations of SigLIP's and CLIP's sort overflow it.
 DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16"}
@@ -34,7 +33,7 @@ class Encoder:
 
     def __init__(
         self,
-        vision: SiglipVision | ClipVision,
+        vision: Tower,
         config: VisionConfig,
         tiling: TilingConfig,
         pool: str = "none",

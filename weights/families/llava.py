@@ -49,6 +49,14 @@ def rename(key: str) -> str | None:
     return key
 
 
+def hub_name(name: str) -> str:
+    """A parameter's name in the hub's older layout, which every release of transformers reads."""
+    part, _, rest = name.partition(".")
+    if part == "vision":
+        return "vision_tower.vision_model." + rest
+    return {"projector": "multi_modal_projector.", "language": "language_model."}[part] + rest
+
+
 def model(checkpoint: Checkpoint) -> ModelConfig:
     """The five choices; the prompt's layout is left to who knows the tokenizer."""
     raw = checkpoint.config

@@ -11,6 +11,8 @@ from mlxvlm.errors import ConfigError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # transformers' defaults: a config.json on the hub lists only what differs from them.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -36,6 +38,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-5,
         "hidden_act": "quick_gelu",
     },
+    "internvl_vision": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "image_size": 448,
+        "patch_size": 14,
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+        "norm_type": "layer_norm",
+        "attention_bias": False,
+        "use_qk_norm": False,
+    },
+}
+COLOURS = {
+    "siglip_vision_model": (HALF, HALF),
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+    "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD),
 }
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 PILLOW = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
@@ -66,7 +87,8 @@ def preprocessing(
 ) -> tuple[TilingConfig, tuple[float, ...], tuple[float, ...]]:
     """How the folder's image processor makes pixels: (tiling, mean, std).
 
-    Without a file, as their processors do: SigLIP squashes; CLIP scales the short side and crops.
+    Without a file, as their processors do: SigLIP and InternViT squash; CLIP scales the short side
+    and crops.
     """
     raw = processor(folder)
     clip = vision.model_type == "clip_vision_model"
@@ -86,8 +108,9 @@ def preprocessing(
             "only bilinear (2) and bicubic (3) are supported."
         )
     normal = raw.get("do_normalize", True) is not False
-    mean = tuple(raw.get("image_mean") or (CLIP_MEAN if clip else HALF)) if normal else (0.0,) * 3
-    std = tuple(raw.get("image_std") or (CLIP_STD if clip else HALF)) if normal else (1.0,) * 3
+    usual_mean, usual_std = COLOURS[vision.model_type]
+    mean = tuple(raw.get("image_mean") or usual_mean) if normal else (0.0,) * 3
+    std = tuple(raw.get("image_std") or usual_std) if normal else (1.0,) * 3
     resize, side = _resize(raw, size, clip, where)
     if side != vision.image_size:
         raise ConfigError(
@@ -120,6 +143,35 @@ def _resize(raw: dict[str, Any], size: Any, clip: bool, where: str) -> tuple[str
     if height is None or height != width or crop not in (None, height):
         raise ConfigError(f"{where} has size {size}, which is no square.")
     return ("pad" if raw.get("do_pad") else "squash"), height
+
+
+def processor_config(tiling: TilingConfig, vision: VisionConfig) -> dict[str, Any]:
+    """The preprocessor_config.json that makes the same pixels of a picture, where it is one view.
+
+    What `preprocessing` reads back; a padded canvas is of the mean's colour.
+    """
+    square = {"height": tiling.image_size, "width": tiling.image_size}
+    names = {v: k for k, v in RESAMPLE.items()}
+    squash = tiling.resize == "squash"
+    kind = {"squash": "Siglip", "crop": "CLIP", "pad": "Llava"}[tiling.resize]
+    raw: dict[str, Any] = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": tiling.image_size},
+        "resample": names[tiling.resample],
+        "do_center_crop": not squash,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+    if not squash:
+        raw["crop_size"] = square
+    if tiling.resize == "pad":
+        raw["do_pad"] = True
+    return raw
 
 
 def processor(folder: Path) -> dict[str, Any]:

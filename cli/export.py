@@ -1,0 +1,43 @@
+"""`mlxvlm export`: a model for other libraries."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+
+def export(
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="A folder or a hub id.")
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the exported model.")],
+    to: Annotated[
+        Literal["transformers"],
+        typer.Option(help="For whom: transformers gets a LlavaForConditionalGeneration."),
+    ],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="What tensors become. Default: as stored."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+) -> None:
+    """Write a model for transformers, with tokenizer, processor and chat template.
+
+    It must be what LLaVA is: SigLIP or CLIP without its final norm, one view a picture, projector
+    mlp, and a llama, mistral, qwen2 or qwen3 that is not quantised. Anything else is refused, and
+    why. mlxvlm loads the folder too.
+    """
+    from mlxvlm.weights.export import export
+
+    export(
+        model,
+        out,
+        dtype=dtype,
+        revision=revision,
+        report=lambda download: typer.echo(str(download), err=True),
+    )
+    typer.echo(
+        f"Saved {out}. In Python: LlavaForConditionalGeneration.from_pretrained({out!r}) and "
+        f"AutoProcessor.from_pretrained({out!r}), both of transformers."
+    )
