@@ -63,7 +63,8 @@ def test_chat_without_a_model_says_what_it_knows():
     things = make_scene(SAMPLES["scene"]).things
     result = CliRunner().invoke(app, ["chat", str(SCENE), "-p", "How many shapes are there?"])
     assert result.exit_code == 0
-    assert result.stdout == f"The number of shapes is {NUMBERS[len(things)]}.\n"
+    places = ", ".join(thing.place for thing in things)
+    assert result.stdout == f"The shapes: {places}. The number is {NUMBERS[len(things)]}.\n"
     assert "drawn scenes" in result.stderr and "-m names a real model" in result.stderr
     names = [(unique_name(thing, things, random.Random(0)), thing) for thing in things]
     name, thing = next((name, thing) for name, thing in names if name)

@@ -216,17 +216,13 @@ def _image_token(tokenizer: Tokenizer, config: ModelConfig) -> tuple[Any, str, i
 
     One whose id no token has gets a new token, whose id is the next that is free.
     """
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as Backend
-
     given = config.prompt.image_token_id
     name = tokenizer.added.get(given)
     if name is None and IMAGE_TOKEN in tokenizer.control:
         name, given = IMAGE_TOKEN, tokenizer.control[IMAGE_TOKEN]
     if name is not None:
         return tokenizer.backend, name, given
-    backend: Any = Backend.from_str(tokenizer.backend.to_str())
-    backend.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    backend = tokenizer.backend_with(IMAGE_TOKEN)
     return backend, IMAGE_TOKEN, backend.token_to_id(IMAGE_TOKEN)
 
 

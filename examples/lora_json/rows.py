@@ -35,10 +35,12 @@ def row(form: str, image: str, question: str, answer: str) -> dict[str, Any]:
 
 def json_rows(scene: Scene, image: str, questions: int = QUESTIONS) -> list[dict[str, Any]]:
     """A description, then questions."""
+    found = []
     whole = ask_one("describe", scene, "json")
-    asks = [*forms.DESCRIBE, *([whole.question + forms.SUFFIX] if whole else [])]
-    ask = random.Random(f"json {scene.seed}").choice(asks)
-    found = [row("json description", image, ask, forms.description(scene))]
+    if whole is not None:
+        asks = (*forms.DESCRIBE, whole.question + forms.SUFFIX)
+        ask = random.Random(f"json {scene.seed}").choice(asks)
+        found.append(row("json description", image, ask, forms.answer(whole)))
     for qa in ask_many(scene, questions, "json"):
         found.append(row("json question", image, qa.question + forms.SUFFIX, forms.answer(qa)))
     return found

@@ -115,7 +115,7 @@ def run(
     base, cache = folder / "base", out / f"cache-{tower.name}"
     words = out / f"language-{seed}"
     if not words.exists():
-        language.save(words, seed, **SIZES, **HEADS)
+        language.save(words, seed, None, **SIZES, **HEADS)
     build = ["build", "--vision", tower, "--language", words, "--out", base, "--seed", seed]
     build += ["--projector-width", 128, "--projector-heads", 4, "--num-positions", 64]
     app([str(part) for part in [*build, "--layout", "llama-3"]], standalone_mode=False)

@@ -95,6 +95,15 @@ class Tokenizer:
         """Id of a token by its name, or None."""
         return self.backend.token_to_id(token)
 
+    def backend_with(self, token: str) -> Any:
+        """A copy of the backend with one more special token."""
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        return backend
+
     # Ids to text
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
