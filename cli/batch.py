@@ -98,7 +98,7 @@ class BatchFile:
                 note(f"(stopped; the same command goes on with {self.out})")
                 raise
         bad = f', {failed} could not be (see their "error")' if failed else ""
-        note(f"({len(todo) - failed} rows answered{bad}: {self.out})")
+        note(f"({len(todo) - failed} of {len(todo)} rows answered{bad}: {self.out})")
 
     def _ask(self, row: int) -> Ask:
         """A row's messages up to its last question, and its pictures."""

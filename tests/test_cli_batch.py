@@ -74,7 +74,7 @@ def test_each_row_has_its_answer_or_its_error(run, folder, tmp_path):
         assert found[row]["finish_reason"] == alone.finish_reason
     assert "missing.png" in found[4]["error"] and "in.jsonl:6" in found[6]["error"]
     assert "no question" in found[7]["error"]
-    assert '3 rows answered, 3 could not be (see their "error")' in done.stderr
+    assert '3 of 6 rows answered, 3 could not be (see their "error")' in done.stderr
 
 
 def test_it_goes_on_where_it_was_stopped(run, folder, tmp_path, monkeypatch):
