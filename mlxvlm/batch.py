@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from .boxes import parse
 from .errors import ConfigError, VLMError
 from .language.generate import (
     PREFILL_STEP_SIZE,
@@ -26,7 +22,7 @@ from .language.generate import (
     prefill,
 )
 from .language.kv import KVSettings, make_caches
-from .reply import Reply, generate, room, with_defaults
+from .reply import Draft, Reply, generate, room, with_defaults
 from .reuse import Reuse, pure_length
 from .stop import StopStrings
 
@@ -38,50 +34,6 @@ NOT_SAMPLING = ("max_tokens", "prefill_step_size")
 
 # Messages and their pictures.
 Ask = tuple[Sequence[dict[str, Any]], Sequence[Any]]
-
-
-@dataclass
-class _Answer:
-    """One prompt's answer as far as it has got."""
-
-    index: int
-    prompt_tokens: int
-    started: float
-    read: float  # seconds that its prefill took
-    first: float
-    stops: StopStrings
-    detokenizer: Any
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-
-    def add(self, token: int, stop_ids: frozenset[int]) -> bool:
-        """Takes the next token; whether the answer ends with it."""
-        self.tokens.append(token)
-        if token in stop_ids:
-            return True
-        self.pieces.append(self.stops.add(self.detokenizer.add(token)))
-        return self.stops.found
-
-    def reply(self, stop_ids: frozenset[int]) -> Reply:
-        self.pieces.append(self.stops.add(self.detokenizer.finish()) + self.stops.finish())
-        text = "".join(self.pieces)
-        boxes, left_out = parse(text)
-        stopped = self.stops.found or self.tokens[-1] in stop_ids
-        spent = max(time.perf_counter() - self.first, 1e-9)
-        return Reply(
-            text=text,
-            tokens=self.tokens,
-            prompt_tokens=self.prompt_tokens,
-            reused_tokens=0,
-            generation_tokens=len(self.tokens),
-            time_to_first_token_s=self.first - self.started,
-            prompt_tps=self.prompt_tokens / max(self.read, 1e-9),
-            generation_tps=(len(self.tokens) - 1) / spent,
-            peak_memory_gb=mx.get_peak_memory() / 1e9,
-            finish_reason="stop" if stopped else "length",
-            boxes=boxes,
-            boxes_left_out=left_out,
-        )
 
 
 def batch(
@@ -141,7 +93,7 @@ def _run(
     tokenizer = vlm.tokenizer
     stop_ids = frozenset(tokenizer.eos_token_ids) if tokenizer else frozenset()
     together = decoder_of_many(vlm.language, stop_ids, batch_size)
-    active: dict[int, _Answer] = {}
+    active: dict[int, tuple[int, Draft]] = {}  # the ask's index and its answer, by mlx-lm's number
     waiting = enumerate(asks)
     more = True
     try:
@@ -152,31 +104,29 @@ def _run(
                     more = False
                     break
                 try:
-                    answer = _read(
-                        vlm, index, ask, allow_urls, reuse, stop, stop_ids, settings, together
-                    )
+                    answer = _read(vlm, ask, allow_urls, reuse, stop, stop_ids, settings, together)
                 except VLMError as error:
                     yield index, error
                     continue
                 if isinstance(answer, Reply):
                     yield index, answer
                 else:
-                    active[answer[0]] = answer[1]
+                    uid, draft = answer
+                    active[uid] = index, draft
             for found in together.next_generated() if active else ():
-                answer = active[found.uid]
-                done = answer.add(found.token, stop_ids)
-                if done and found.finish_reason is None:
+                index, draft = active[found.uid]
+                draft.add(found.token)
+                if draft.stopped and found.finish_reason is None:
                     together.remove([found.uid])
-                if done or found.finish_reason is not None:
+                if draft.stopped or found.finish_reason is not None:
                     del active[found.uid]
-                    yield answer.index, answer.reply(stop_ids)
+                    yield index, _done(draft)
     finally:
         together.close()
 
 
 def _read(
     vlm: VLM,
-    index: int,
     ask: Ask,
     allow_urls: bool,
     reuse: Reuse,
@@ -184,7 +134,7 @@ def _read(
     stop_ids: frozenset[int],
     settings: dict[str, Any],
     together: Any,
-) -> Reply | tuple[int, _Answer]:
+) -> Reply | tuple[int, Draft]:
     """Reads one prompt, and hands it on after its first token; a Reply where that was the last."""
     started = time.perf_counter()
     messages, images = ask
@@ -201,20 +151,12 @@ def _read(
     banned = (vlm.config.prompt.image_token_id,)
     sampling = Sampling(prompt.tokens, banned, vlm.tokenizer.vocab_size, **own)
     step = settings.get("prefill_step_size", PREFILL_STEP_SIZE)
-    before = time.perf_counter()
+    detokenizer = vlm.tokenizer.detokenizer()
+    draft = Draft(len(prompt.tokens), 0, started, stop_ids, StopStrings(stop), detokenizer)
     first = sampling.first(prefill(vlm.language, sampling.ids, embeddings, caches, step))
-    now = time.perf_counter()
-    answer = _Answer(
-        index,
-        len(prompt.tokens),
-        started,
-        now - before,
-        now,
-        StopStrings(stop),
-        vlm.tokenizer.detokenizer(),
-    )
-    if answer.add(first, stop_ids) or most == 1:
-        return answer.reply(stop_ids)
+    draft.add(first)
+    if draft.stopped or most == 1:
+        return _done(draft)
     (uid,) = together.insert(
         [[first]],
         max_tokens=[most - 1],
@@ -223,4 +165,9 @@ def _read(
         samplers=[sampling.sampler],
         logits_processors=[sampling.processors],
     )
-    return uid, answer
+    return uid, draft
+
+
+def _done(draft: Draft) -> Reply:
+    draft.finish()
+    return draft.reply()

@@ -8,7 +8,7 @@ chunk.reply.generation_tps
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,9 +164,7 @@ def _chunks(
     reading = Reading(vlm, prompt, kv, reuse)
     stop_ids = frozenset(tokenizer.eos_token_ids)
     detokenizer = tokenizer.detokenizer()
-    tokens: list[int] = []
-    pieces: list[str] = []
-    prefill_from = first = now = time.perf_counter()
+    draft = Draft(len(prompt.tokens), reading.start, started, stop_ids, stops, detokenizer)
     ids = generate_tokens(
         vlm.language,
         prompt.tokens,
@@ -181,35 +179,78 @@ def _chunks(
     )
     with closing(reading), closing(ids):
         for token in reading.follow(ids):
-            now = time.perf_counter()
-            if not tokens:
-                first = now
-            tokens.append(token)
-            if token in stop_ids:
+            piece = draft.add(token)
+            if piece is None:
                 break
-            pieces.append(stops.add(detokenizer.add(token)))
-            yield Chunk(pieces[-1], token)
+            yield Chunk(piece, token)
             if stops.found:
                 break
-    pieces.append(stops.add(detokenizer.finish()) + stops.finish())
-    text = "".join(pieces)
-    boxes, left_out = parse(text)
-    read = len(prompt.tokens) - reading.start
-    reply = Reply(
-        text=text,
-        tokens=tokens,
-        prompt_tokens=len(prompt.tokens),
-        reused_tokens=reading.start,
-        generation_tokens=len(tokens),
-        time_to_first_token_s=first - started,
-        prompt_tps=read / max(first - prefill_from, 1e-9),
-        generation_tps=(len(tokens) - 1) / max(now - first, 1e-9),
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
-        finish_reason="stop" if stops.found or tokens[-1] in stop_ids else "length",
-        boxes=boxes,
-        boxes_left_out=left_out,
-    )
-    yield Chunk(pieces[-1], None, reply)
+    piece = draft.finish()
+    yield Chunk(piece, None, draft.reply())
+
+
+class Draft:
+    """An answer as far as it has got, from when its prompt is about to be read.
+
+    started: when the clock of its first token began (time.perf_counter).
+    """
+
+    def __init__(
+        self,
+        prompt_tokens: int,
+        reused_tokens: int,
+        started: float,
+        stop_ids: Collection[int],
+        stops: StopStrings,
+        detokenizer: Any,
+    ):
+        self.prompt_tokens, self.reused_tokens, self.started = prompt_tokens, reused_tokens, started
+        self.stop_ids, self.stops, self.detokenizer = stop_ids, stops, detokenizer
+        self.tokens: list[int] = []
+        self._pieces: list[str] = []
+        self._read_from = self._first = self._last = time.perf_counter()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stops.found or bool(self.tokens and self.tokens[-1] in self.stop_ids)
+
+    def add(self, token: int) -> str | None:
+        """Takes the next token: the text that may be shown with it; None for an end token."""
+        self._last = time.perf_counter()
+        if not self.tokens:
+            self._first = self._last
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            return None
+        return self._keep(self.stops.add(self.detokenizer.add(token)))
+
+    def finish(self) -> str:
+        """The last of the text, where no token comes any more."""
+        return self._keep(self.stops.add(self.detokenizer.finish()) + self.stops.finish())
+
+    def _keep(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece
+
+    def reply(self) -> Reply:
+        """What a finished draft says."""
+        text = "".join(self._pieces)
+        boxes, left_out = parse(text)
+        read = self.prompt_tokens - self.reused_tokens
+        return Reply(
+            text=text,
+            tokens=self.tokens,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
+            generation_tokens=len(self.tokens),
+            time_to_first_token_s=self._first - self.started,
+            prompt_tps=read / max(self._first - self._read_from, 1e-9),
+            generation_tps=(len(self.tokens) - 1) / max(self._last - self._first, 1e-9),
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+            finish_reason="stop" if self.stopped else "length",
+            boxes=boxes,
+            boxes_left_out=left_out,
+        )
 
 
 def context_length(language: dict[str, Any]) -> int | None:
