@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlxvlm.amount import amount
-from mlxvlm.cli.chat import DEMO, demo
+from mlxvlm.cli.chat import DEMO, ModelOrDemo, demo
 from mlxvlm.cli.progress import LiveLine, say
 
 if TYPE_CHECKING:
@@ -17,16 +17,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="A folder or a hub id. Default: the small model that comes with mlxvlm.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelOrDemo = None,
     length: Annotated[
         int | None,
         typer.Option(

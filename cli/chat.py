@@ -23,21 +23,23 @@ DEMO = "demo"
 # What an option is where it is not given.
 MODELS_CHOICE = "Default: as the model's generation_config.json says, else "
 
+ModelOrDemo = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A folder or a hub id. Default: the small model that comes with mlxvlm.",
+        show_default=False,
+    ),
+]
+
 
 def chat(
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="A folder or a hub id. Default: the small model that comes with mlxvlm.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelOrDemo = None,
     prompt: Annotated[
         str | None,
         typer.Option(

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from internvl_folders import LAYOUTS, internlm2, internvl_tokenizer, rewrite  # noqa: E402
+from padded_rows import two_rows  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_tokenizers import write_folder  # noqa: E402
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (  # noqa: E402
@@ -25,8 +26,6 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor  
 
 import mlxvlm  # noqa: E402
 from mlxvlm.data.buckets import collate, group  # noqa: E402
-from mlxvlm.data.samples import Sample  # noqa: E402
-from mlxvlm.merge import visual_tokens  # noqa: E402
 from mlxvlm.prompts.internvl import SYSTEM  # noqa: E402
 from mlxvlm.train.losses import batch_loss, count  # noqa: E402
 
@@ -251,29 +250,11 @@ def test_loss_of_a_training_batch_and_the_projectors_gradients(internvl: Any) ->
     """Two rows of pictures of other sizes, padded to one length."""
     model, folder, _ = internvl
     vlm = mlxvlm.load(folder)
-    rows, torch_rows = [], []
-    image, rng = vlm.config.prompt.image_token_id, np.random.default_rng(3)
     looked = vlm.look(pictures()[:2])
-    for number, (picture, words) in enumerate(zip(looked, (9, 14), strict=True)):
-        visual = visual_tokens(vlm.config, picture.cut)
-        text = rng.integers(3, 90, words)
-        tokens = np.concatenate([[1], [image] * visual, text]).astype(np.int32)
-        learnt = np.zeros(len(tokens), bool)
-        learnt[-5:] = True
-        slots = [(1, visual)]
-        rows.append(Sample(tokens, learnt, [str(number)], slots=slots, cuts=[picture.cut]))
-        torch_rows.append((tokens, learnt))
-    width = max(len(tokens) for tokens, _ in torch_rows)
-    ids, labels, mask = (np.zeros((2, width), np.int64) for _ in range(3))
-    for i, (tokens, learnt) in enumerate(torch_rows):
-        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-        labels[i] = -100
-        labels[i, : len(tokens)] = np.where(learnt, tokens, -100)
+    rows, padded_rows = two_rows(vlm, looked)
     pixels = np.array(vlm.encoder.pixels(looked)).transpose(0, 3, 1, 2)
     out = model(
-        input_ids=torch.tensor(ids),
-        attention_mask=torch.tensor(mask),
-        labels=torch.tensor(labels),
+        **{name: torch.tensor(values) for name, values in padded_rows.items()},
         pixel_values=torch.tensor(pixels),
     )
     model.zero_grad()
