@@ -36,9 +36,11 @@ class TilingConfig:
     """How a picture becomes views, as `images.tiling` does it.
 
     type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
-        picture's aspect ratio, as InternVL) or "anyres" (the whole, and a canvas of tiles with the
-        picture in its middle, as LLaVA-NeXT).
-    image_size: side of a view in pixels.
+        picture's aspect ratio, as InternVL) "anyres" (the whole, and a canvas of tiles with the
+        picture in its middle, as LLaVA-NeXT) or "slices" (an overview and a grid of slices, in the
+        shapes that they have, as MiniCPM-V).
+    image_size: side of a view in pixels; of slices, the square root of about their pixels.
+    patch_size: what the sides of slices are multiples of, in pixels.
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
         Of several views, the whole and dynamic tiles are squashed.
@@ -60,10 +62,11 @@ class TilingConfig:
     max_tiles: int = 12
     use_thumbnail: bool = True
     grids: tuple[tuple[int, int], ...] = ()
+    patch_size: int = 14
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres"))
+        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres", "slices"))
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
         if not 1 <= self.min_tiles <= self.max_tiles:
@@ -103,9 +106,10 @@ class TilingConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that views depend on, as plain JSON values."""
         unused = {
-            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids"),
-            "dynamic": ("resize", "background", "grids"),
-            "anyres": ("resize", "use_thumbnail"),
+            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids", "patch_size"),
+            "dynamic": ("resize", "background", "grids", "patch_size"),
+            "anyres": ("resize", "use_thumbnail", "patch_size"),
+            "slices": ("resize", "background", "min_tiles", "use_thumbnail", "grids"),
         }[self.type]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         return json.loads(json.dumps(fields))
@@ -342,6 +346,11 @@ class ModelConfig:
                 f"vision.image_size (={self.vision.image_size}): the encoder has a fixed grid."
             )
 
+        if self.tiling.type == "slices":
+            raise ConfigError(
+                "tiling.type 'slices' gives views of many shapes, and the vision tower's grid is "
+                "fixed."
+            )
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
 
