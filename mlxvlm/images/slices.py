@@ -8,7 +8,7 @@ A picture of no more than image_size² pixels is its overview alone, enlarged. O
 into ceil(pixels / image_size²) slices, one fewer or one more, at most max_tiles: the grid whose
 columns / rows is nearest, as a logarithm, to width / height, and of equals the first. Sides are
 multiples of patch_size. Rule and roundings are those of MiniCPM-Llama3-V 2.5 (`slice_image` in
-OpenBMB/MiniCPM-V's finetune/dataset.py), after LLaVA-UHD (Xu et al. 2024).
+OpenBMB/MiniCPM-V's finetune/dataset.py), after LLaVA-UHD (Xu et al. 2024), which rounds down.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import TilingConfig
+from ..errors import PictureError
 from . import preprocess
 from .picture import Cut
 
@@ -87,11 +88,29 @@ def best_size(size: Size, tiling: TilingConfig, enlarge: bool) -> Size:
 
 def slice_size(size: Size, grid: tuple[int, int], tiling: TilingConfig) -> Size:
     """(width, height) of each slice of a picture of (width, height) under (columns, rows)."""
-    # Whole pixels a slice first, at least one.
-    across, down = (max(round(side / n), 1) for side, n in zip(size, grid, strict=True))
+    # Whole pixels a slice first.
+    across, down = (_whole(side / n, tiling) for side, n in zip(size, grid, strict=True))
     return best_size((across, down), tiling, enlarge=True)
 
 
+def view_sizes(cut: Cut, tiling: TilingConfig) -> list[Size]:
+    """(width, height) of each view of a picture that is cut so."""
+    rows, columns = cut.grid
+    if cut.size is None or cut.views not in (1, 1 + rows * columns):
+        raise PictureError(
+            "views of many shapes are told apart by the picture's size and grid, with an overview "
+            f"and one view of each slice, but this one is {cut}."
+        )
+    overview = best_size(cut.size, tiling, enlarge=cut.views == 1)
+    if cut.views == 1:
+        return [overview]
+    return [overview, *[slice_size(cut.size, (columns, rows), tiling)] * (rows * columns)]
+
+
 def _patches(side: int, tiling: TilingConfig) -> int:
-    # Python's round, halves to even, as there.
-    return max(round(side / tiling.patch_size) * tiling.patch_size, tiling.patch_size)
+    return _whole(side / tiling.patch_size, tiling) * tiling.patch_size
+
+
+def _whole(number: float, tiling: TilingConfig) -> int:
+    """A whole number from 1 up; Python's round, halves to even, as there."""
+    return max(math.floor(number) if tiling.rounding == "down" else round(number), 1)
