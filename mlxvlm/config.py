@@ -339,9 +339,11 @@ class PromptConfig:
         tokenizer's own template).
     image_placement: "turn" (a picture stands where its user turn names it) or "sequence" (all
         pictures stand before the first token of text, as the Llama3-V blog has it).
-    merge: "flat" (a picture's views one after the other) or "spatial_unpad" (the whole, then its
+    merge: "flat" (a picture's views one after the other), "spatial_unpad" (the whole, then its
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
-        LLaVA-NeXT), for "anyres" tiles.
+        LLaVA-NeXT, for "anyres" tiles), or for "slices" "minicpm" (the overview, then the slices
+        in rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the
+        slices with commas between and newlines behind rows, then the overview: LLaVA-UHD).
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -363,7 +365,7 @@ class PromptConfig:
             ("llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", "chat_template"),
         )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
-        _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad"))
+        _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad", "minicpm", "uhd"))
 
 
 @dataclass
@@ -397,6 +399,11 @@ class ModelConfig:
                 "tiling.type 'slices' gives views of many shapes, which projector.type "
                 f"{self.projector.type!r} cannot take: choose {' or '.join(TAKE_GRIDS)}, whose "
                 "queries look at any grid of patches."
+            )
+        if self.prompt.merge in ("minicpm", "uhd") and not self.varied:
+            raise ConfigError(
+                f"prompt.merge {self.prompt.merge!r} lays out tiling.type 'slices', not "
+                f"{self.tiling.type!r}."
             )
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
