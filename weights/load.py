@@ -38,6 +38,7 @@ from mlxvlm.weights.families import (
     llava,
     llava_next,
     llava_original,
+    minicpm,
     native,
     siglip,
 )
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, internvl)
+WHOLE = (native, llava, llava_next, llava_original, internvl, minicpm)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -294,8 +295,8 @@ def open_whole(
         config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
     if family in (llava, llava_next):
         choose_prompt(config, tokenizer, folder)
-    elif family is internvl:
-        internvl.find_image_token(config, checkpoint, tokenizer)
+    elif family in (internvl, minicpm):
+        family.find_image_token(config, checkpoint, tokenizer)
     return family, checkpoint, config, tokenizer
 
 
