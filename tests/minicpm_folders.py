@@ -1,4 +1,4 @@
-"""MiniCPM-Llama3-V 2.5 for tests, in its authors' layout and under the names of Llama3-V's release."""
+"""MiniCPM-Llama3-V 2.5 for tests, in its authors' layout and under Llama3-V's names."""
 
 from __future__ import annotations
 

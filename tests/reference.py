@@ -218,3 +218,115 @@ def minicpm_logits(
         embeddings[places] = np.concatenate(found)
     assert places.sum() == sum(map(len, found))
     return llama(embeddings, t, "llm.model", config) @ t["llm.lm_head.weight"].T
+
+
+def cubic(x: float) -> float:
+    a, x = -0.75, abs(x)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def resized(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """[side * side, D] -> [rows * columns, D], bicubic, edges repeated, corners not aligned."""
+    side = math.isqrt(len(table))
+    grid = table.reshape(side, side, -1)
+    out = []
+    for i in range(rows):
+        for j in range(columns):
+            y, x = (i + 0.5) * side / rows - 0.5, (j + 0.5) * side / columns - 0.5
+            value = 0
+            for a in range(math.floor(y) - 1, math.floor(y) + 3):
+                for b in range(math.floor(x) - 1, math.floor(x) + 3):
+                    weight = cubic(y - a) * cubic(x - b)
+                    value = (
+                        value + weight * grid[min(max(a, 0), side - 1), min(max(b, 0), side - 1)]
+                    )
+            out.append(value)
+    return np.array(out)
+
+
+def roi_align(grid: np.ndarray, box: tuple[float, ...], size: Size) -> np.ndarray:
+    """[h, w, D], (x1, y1, x2, y2), (rows, columns) -> [rows * columns, D]; aligned=False."""
+    x1, y1, x2, y2 = box
+    height, width = grid.shape[:2]
+    tall, wide = max(y2 - y1, 1.0), max(x2 - x1, 1.0)
+    rows, columns = size
+    down, across = math.ceil(tall / rows), math.ceil(wide / columns)
+
+    def at(y: float, x: float) -> Any:
+        if y > height or x > width:
+            return np.zeros(grid.shape[-1])
+        top, left = min(int(y), height - 1), min(int(x), width - 1)
+        dy, dx = (y - top if top < height - 1 else 0), (x - left if left < width - 1 else 0)
+        low, right = min(top + 1, height - 1), min(left + 1, width - 1)
+        upper = (1 - dx) * grid[top, left] + dx * grid[top, right]
+        return (1 - dy) * upper + dy * ((1 - dx) * grid[low, left] + dx * grid[low, right])
+
+    out = []
+    for i in range(rows):
+        for j in range(columns):
+            points = [
+                at(
+                    y1 + (i + (a + 0.5) / down) * tall / rows,
+                    x1 + (j + (b + 0.5) / across) * wide / columns,
+                )
+                for a in range(down)
+                for b in range(across)
+            ]
+            out.append(sum(points) / len(points))
+    return np.array(out)
+
+
+def uhd_features(pixels: np.ndarray, t: Tensors, tower: dict[str, Any]) -> np.ndarray:
+    """[patches, D] of CLIP's last block but one, without its class token."""
+    at, P, eps = "model.vision_tower.vision_tower.vision_model", tower["patch_size"], 1e-5
+    rows, columns = pixels.shape[0] // P, pixels.shape[1] // P
+    table = t[f"{at}.embeddings.position_embedding.weight"]
+    x = patches(pixels, t, f"{at}.embeddings.patch_embedding")
+    x = np.concatenate([t[f"{at}.embeddings.class_embedding"][None], x])
+    x = x + np.concatenate([table[:1], resized(table[1:], rows, columns)])
+    x = layer_norm(x, t, f"{at}.pre_layrnorm", eps)
+    number = tower["num_hidden_layers"] - 1
+    return blocks(x, t, at, number, tower["num_attention_heads"], quick_gelu, eps)[1:]
+
+
+def uhd_view(pixels: np.ndarray, t: Tensors, tower: dict[str, Any]) -> np.ndarray:
+    """What the language model sees of a view, [queries, D]."""
+    at, P, eps = "model.mm_projector", tower["patch_size"], 1e-6
+    rows, columns = pixels.shape[0] // P, pixels.shape[1] // P
+    x = linear(uhd_features(pixels, t, tower), t, f"{at}.kv_proj")
+    x = layer_norm(x, t, f"{at}.ln_kv", eps)
+    width, side = x.shape[-1], math.isqrt(len(t[f"{at}.query"]))
+    values = x.reshape(rows, columns, -1)
+    keys = (x + resized(t[f"{at}.pos_embed"], rows, columns)).reshape(rows, columns, -1)
+    sizes = [(4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4)]
+    w, h = min(sizes, key=lambda s: abs(math.log(columns / rows) - math.log(s[0] / s[1])))
+    queries = layer_norm(t[f"{at}.query"], t, f"{at}.ln_q", eps) + t[f"{at}.pos_embed"]
+    out = []
+    for number, query in enumerate(queries):
+        i, j = divmod(number, side)
+        box = (
+            *(j * columns / side, i * rows / side),
+            *((j + 1) * columns / side, (i + 1) * rows / side),
+        )
+        near, far = (roi_align(grid, box, (h, w)) for grid in (keys, values))
+        heads = max(1, width // 128)
+        out.append(packed_attention(query[None], near, far, t, f"{at}.attn", heads)[0])
+    return layer_norm(np.array(out), t, f"{at}.ln_post", eps) @ t[f"{at}.proj"]
+
+
+def uhd_embeddings(
+    image: Image.Image, t: Tensors, tower: dict[str, Any], words: tuple[int, int]
+) -> np.ndarray:
+    """[L, D] that stand for a picture: slices with commas and newlines (ids `words`), overview."""
+    overview, grid = slices(image, tower["image_size"], tower["patch_size"], 7, math.floor)
+    comma, newline = (t["model.embed_tokens.weight"][word] for word in words)
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
+    out = []
+    for row in grid:
+        for number, view in enumerate(row):
+            out += [*uhd_view(normalised(view, mean, std), t, tower)]
+            out.append(comma if number + 1 < len(row) else newline)
+    return np.array([*out, *uhd_view(normalised(overview, mean, std), t, tower)])

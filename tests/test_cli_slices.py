@@ -86,13 +86,13 @@ def test_a_plan_counts_the_tokens_of_each_view(place: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "lora"])
-@pytest.mark.parametrize("packing", ["none", "pack"])
+@pytest.mark.parametrize("packing", ["padded", "pack"])
 def test_training_with_the_cache_equals_training_without(
     place: Path, tmp_path: Path, stage: str, packing: str
 ) -> None:
     words = [stage, "-m", place / "model", "--data", place / "rows.jsonl", "--iters", 2]
     words += ["--batch-size", 2, "--max-seq-length", 1024, "--seed", 3]
-    words += ["--packing", packing] if packing != "none" else []
+    words += ["--batching", "pack"] if packing == "pack" else []
     losses = {}
     for way in ("--images", "--cache"):
         out = tmp_path / way[2:]
