@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from minicpm_folders import write_minicpm
+from mlx.utils import tree_flatten
 from PIL import Image
+from tiny_vlm import tiny_config, tiny_vlm
 from typer.testing import CliRunner
 
 import mlxvlm
 from mlxvlm.cache import EmbeddingCache
 from mlxvlm.cli.main import app
+from mlxvlm.weights.save import save
 
 SIZES = ((100, 30), (30, 30), (45, 60), (20, 97))
 
@@ -113,8 +116,10 @@ def test_the_tower_trains_too(place: Path, tmp_path: Path) -> None:
     table = "position_embedding"
     old, new = (np.array(m.vision.embeddings[table].weight) for m in (before, after))
     assert np.abs(new - old).max() > 0
-    plan = json.loads(command("plan", *words[:-2], "--json"))
-    assert plan["rows"] == 4
+    for more in (["--train", "projector"], ["--images", place / "images"]):
+        where = ["--cache", place / "cache"] if "projector" in more else more
+        told = command("plan", *words[:5], *where, *more, "--max-seq-length", 1024, "--json")
+        assert json.loads(told)["rows"] == 4
 
 
 def test_chat(place: Path) -> None:
@@ -126,3 +131,29 @@ def test_chat(place: Path) -> None:
     pictures = mlxvlm.load(place / "model").look([place / "images" / f"{i}.png" for i in (0, 3)])
     assert sum(len(picture.views) for picture in pictures) > 4
     assert told["prompt_tokens"] > 5 * sum(len(picture.views) for picture in pictures)
+
+
+def test_an_encoder_of_one_grid_is_built_into_a_model_of_slices(tmp_path: Path) -> None:
+    """Llama3-V's blog has it so: a SigLIP, slices of a picture, its positions resized to each."""
+    eyes = tiny_vlm()
+    save(eyes, tmp_path / "eyes")
+    (tmp_path / "language").mkdir()
+    raw = {**tiny_config().language, "max_position_embeddings": 4096}
+    (tmp_path / "language" / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "language" / "tokenizer.json").write_bytes(
+        (tmp_path / "eyes" / "tokenizer.json").read_bytes()
+    )
+    words = ["build", "--vision", tmp_path / "eyes", "--language", tmp_path / "language"]
+    words += ["--fresh-language", "--tiling", "slices-uhd", "--projector"]
+    told = command(*words, "attention", "--out", tmp_path / "no", code=1)
+    assert "choose resampler or spatial_resampler" in told
+    told = command(*words, "spatial_resampler", "--num-query-tokens", 4, "--out", tmp_path / "uhd")
+    assert "4 visual tokens a view, 1 to 7 tiles a picture, and the whole" in told
+    vlm = mlxvlm.load(tmp_path / "uhd")
+    assert vlm.config.vision.positions == "bicubic" and vlm.config.prompt.merge == "uhd"
+    table = "vision.embeddings.position_embedding.weight"
+    own = dict(tree_flatten(vlm.parameters()))[table]
+    assert (own == dict(tree_flatten(eyes.parameters()))[table]).all().item()
+    image = np.random.default_rng(0).integers(0, 256, (30, 100, 3), dtype=np.uint8)
+    reply = vlm.generate([{"role": "user", "content": "What?"}], [image], max_tokens=3)
+    assert reply.prompt_tokens > 4 * 4

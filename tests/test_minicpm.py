@@ -16,11 +16,16 @@ from minicpm_folders import as_llama3v, write_minicpm
 from mlx.utils import tree_flatten
 from PIL import Image
 from reference import minicpm_logits, minicpm_view, normalised
+from tiny_vlm import sliced_vlm
+from typer.testing import CliRunner
 
 import mlxvlm
+from mlxvlm.cli.main import app
 from mlxvlm.errors import ConfigError, VLMError
 from mlxvlm.weights.convert import convert
+from mlxvlm.weights.export_minicpm import export_minicpm
 from mlxvlm.weights.load import load_encoder, load_projected
+from mlxvlm.weights.save import save
 
 SIZES = ((32, 32), (40, 30), (100, 30), (60, 64), (20, 97))
 
@@ -182,6 +187,45 @@ def test_conversion_loses_nothing(folder: Path, tmp_path: Path) -> None:
     again = other.tokenize([{"role": "user", "content": "What?"}], [image])
     assert prompt.tokens.tolist() == again.tokens.tolist()
     assert mx.array_equal(vlm(prompt.tokens, prompt.pictures), other(again.tokens, again.pictures))
+
+
+def test_there_and_back_again(folder: Path, tmp_path: Path) -> None:
+    """The authors' layout, ours, and theirs: the same tensors, and a config that means the same."""
+    convert(folder, tmp_path / "ours")
+    done = CliRunner().invoke(
+        app,
+        [
+            "export",
+            "-m",
+            str(tmp_path / "ours"),
+            "--out",
+            str(tmp_path / "back"),
+            "--to",
+            "minicpm",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    old, new = read(folder), read(tmp_path / "back")
+    assert old[1].keys() == new[1].keys()
+    assert all(mx.array_equal(value, new[1][name]) for name, value in old[1].items())
+    fields = ("query_num", "slice_config", "hidden_size", "vocab_size", "drop_vision_last_layer")
+    for name in fields:
+        given = old[0][name]
+        if isinstance(given, dict):
+            given = {key: value for key, value in given.items() if key != "model_type"}
+        assert new[0][name] == given
+    vlm, again = mlxvlm.load(folder), mlxvlm.load(tmp_path / "back")
+    assert again.config.to_dict() == vlm.config.to_dict()
+    assert again.tokenizer.control == vlm.tokenizer.control
+
+
+def test_what_that_layout_cannot_say_is_named(tmp_path: Path) -> None:
+    save(sliced_vlm(), tmp_path / "model")
+    with pytest.raises(ConfigError) as raised:
+        export_minicpm(tmp_path / "model", tmp_path / "out")
+    for part in ("prompt.merge is 'flat', not 'minicpm'", "not 64 wide with 1 heads"):
+        assert part in str(raised.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_parts_alone(folder: Path) -> None:

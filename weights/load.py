@@ -38,6 +38,7 @@ from mlxvlm.weights.families import (
     llava,
     llava_next,
     llava_original,
+    llava_uhd,
     minicpm,
     native,
     siglip,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, internvl, minicpm)
+WHOLE = (native, llava, llava_next, llava_original, llava_uhd, internvl, minicpm)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -291,8 +292,8 @@ def open_whole(
     checkpoint = _checkpoint(folder, family, report, opened)
     config = model_config(checkpoint, family)
     tokenizer = Tokenizer.load(folder)
-    if family is llava_original:
-        config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
+    if family in (llava_original, llava_uhd):
+        config.prompt.layout = family.layout(checkpoint, tokenizer)
     if family in (llava, llava_next):
         choose_prompt(config, tokenizer, folder)
     elif family in (internvl, minicpm):
@@ -333,8 +334,8 @@ def _checkpoint(
 ) -> Checkpoint:
     """What lies in a folder; with the vision tower, where its family keeps that elsewhere."""
     checkpoint = opened(folder)
-    if family is llava_original:
-        llava_original.add_tower(checkpoint, partial(resolve, report=report))
+    if family in (llava_original, llava_uhd):
+        family.add_tower(checkpoint, partial(resolve, report=report))
     return checkpoint
 
 
@@ -342,6 +343,8 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
     _check_not_unfinished(folder)
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
+    if llava_uhd in families and llava_uhd.is_uhd(raw):
+        return llava_uhd
     if llava_original in families and llava_original.is_original(raw):
         return llava_original
     for family in families:

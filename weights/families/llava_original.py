@@ -1,8 +1,7 @@
-"""LLaVA-1.5 and -1.6 as their authors save them, as XTuner exports them ("official" layout), and
-LLaVA-UHD, which grew out of them.
+"""LLaVA-1.5 and -1.6 as their authors save them, and as XTuner exports them ("official" layout).
 
     model.layers.*  model.embed_tokens.*  model.norm.*  lm_head.*    as in the language model alone
-    model.mm_projector.{0,2}.*  model.image_newline     LLaVA-UHD: model.mm_projector.query, ...
+    model.mm_projector.{0,2}.*  model.image_newline
     model.vision_tower.vision_tower.vision_model.*                   often left out
 
 config.json is the language model's, with LLaVA's choices beside (`mm_vision_tower`, `mm_...`). A
@@ -36,9 +35,6 @@ DECODERS = {
     "llava_qwen": "qwen2",
 }
 MODEL_TYPES = tuple(DECODERS)
-# Projectors by LLaVA's names for them.
-MLP, UHD = "mlp2x_gelu", "adapt_spatial_resampler"
-QUERY = "model.mm_projector.query"
 TOWER = "model.vision_tower.vision_tower."
 # A tower whose config need not be looked up.
 KNOWN = {"openai/clip-vit-large-patch14-336": LARGE_CLIP}
@@ -65,9 +61,7 @@ def rename(key: str) -> str | None:
         return "vision." + key.removeprefix(TOWER).removeprefix("vision_model.")
     if key.startswith("model.mm_projector."):
         number, _, rest = key.removeprefix("model.mm_projector.").partition(".")
-        if number.isdecimal():
-            return f"projector.linear_{ {'0': 1, '2': 2}.get(number, number) }.{rest}"
-        return "projector." + key.removeprefix("model.mm_projector.")
+        return f"projector.linear_{ {'0': 1, '2': 2}.get(number, number) }.{rest}"
     if key == "model.image_newline":
         return "projector.image_newline"
     if key.startswith(("model.", "lm_head.")):
@@ -109,10 +103,10 @@ def model(checkpoint: Checkpoint) -> ModelConfig:
     """The five choices; the prompt's layout is `layout`'s."""
     raw = checkpoint.config
     kind = raw.get("mm_projector_type", "linear")
-    if kind not in (MLP, UHD):
+    if kind != "mlp2x_gelu":
         raise ConfigError(
-            f"mm_projector_type (={kind!r}) is not supported: only {MLP}, LLaVA-1.5's and 1.6's, "
-            f"and {UHD}, LLaVA-UHD's."
+            f"mm_projector_type (={kind!r}) is not supported: only mlp2x_gelu, LLaVA-1.5's and "
+            "1.6's."
         )
     if raw.get("mm_use_im_start_end"):
         raise ConfigError("mm_use_im_start_end is not supported: LLaVA-1.5 and 1.6 leave it out.")
@@ -130,14 +124,7 @@ def model(checkpoint: Checkpoint) -> ModelConfig:
     tiling, mean, std = preprocessing(checkpoint.tower or checkpoint.folder, vision)
     aspect = raw.get("image_aspect_ratio", "square")
     merge = "flat"
-    if kind == UHD:
-        # Its code cuts slices whatever config.json says of the aspect ratio.
-        tiling = dataclasses.replace(
-            tiling, **{**TILINGS["slices-uhd"], "patch_size": vision.patch_size}
-        )
-        vision = dataclasses.replace(vision, positions="bicubic")
-        merge = "uhd"
-    elif aspect == "pad":
+    if aspect == "pad":
         tiling = tiling.resized("pad", mean)
     elif aspect == "anyres":
         merge = raw.get("mm_patch_merge_type", "flat")
@@ -156,19 +143,11 @@ def model(checkpoint: Checkpoint) -> ModelConfig:
     return ModelConfig(
         tiling=tiling,
         vision=dataclasses.replace(vision, image_mean=mean, image_std=std),
-        projector=_uhd_projector(checkpoint)
-        if kind == UHD
-        else ProjectorConfig(type="mlp", hidden_act="gelu", bias=True),
+        projector=ProjectorConfig(type="mlp", hidden_act="gelu", bias=True),
         # There is no token for pictures (LLaVA's -200): the first id beyond the table.
         prompt=PromptConfig(image_token_id=int(raw["vocab_size"]), merge=merge),
         language=translate(language),
     )
-
-
-def _uhd_projector(checkpoint: Checkpoint) -> ProjectorConfig:
-    """How many queries there are, only their tensor says."""
-    query = checkpoint.tensors.get(QUERY)
-    return ProjectorConfig("spatial_resampler", num_query_tokens=query.shape[0] if query else 0)
 
 
 def layout(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:

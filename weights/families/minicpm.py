@@ -35,6 +35,7 @@ PARTS = {
     "resampler": "projector",
     "projection": "projector",
 }
+HUB_PARTS = {"language": "llm", "vision": "vpm", "projector": "resampler"}
 # Positions of patches, which are computed.
 COMPUTED = ("projector.pos_embed", "vision.embeddings.position_ids")
 # What stands for a visual token.
@@ -73,6 +74,12 @@ def rename(key: str) -> str | None:
     part, _, rest = key.partition(".")
     ours = f"{PARTS[part]}.{rest}" if part in PARTS else key
     return None if ours in COMPUTED else ours
+
+
+def hub_name(name: str) -> str:
+    """A parameter's name in MiniCPM's layout."""
+    part, _, rest = name.partition(".")
+    return f"{HUB_PARTS[part]}.{rest}"
 
 
 def model(checkpoint: Checkpoint) -> ModelConfig:
