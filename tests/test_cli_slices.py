@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from minicpm_folders import write_minicpm
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import mlxvlm
 from mlxvlm.cache import EmbeddingCache
+from mlxvlm.cache.packed import unpack
 from mlxvlm.cli.main import app
 from mlxvlm.weights.save import save
 
@@ -74,6 +76,22 @@ def test_the_cache_holds_each_view_with_its_own_number_of_tokens(place: Path) ->
                 shapes.add(other.shape)
         assert len(shapes) > 3
         assert cache.verify() == []
+
+
+@pytest.mark.parametrize("codec", ["float32", "bf16", "int8", "int4"])
+def test_a_device_decodes_what_the_host_does(place: Path, tmp_path: Path, codec: str) -> None:
+    cache_words = [*cached(place)[:-1], tmp_path / "cache", "--codec", codec]
+    command(*cache_words)
+    with EmbeddingCache.open(tmp_path / "cache") as cache:
+        names = [f"{i}.png" for i in range(len(SIZES))]
+        wanted = [view for name in names for view in cache.get(name).views]
+        found = unpack([cache.packed(name) for name in names])
+        assert isinstance(found, list) and len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.shape == other.shape
+            np.testing.assert_allclose(np.array(one.astype(mx.float32)), other, atol=1e-5)
+        alone = unpack([cache.packed("1.png")])
+        assert not isinstance(alone, list) and alone.shape == (1, 16, 32)
 
 
 def test_a_plan_counts_the_tokens_of_each_view(place: Path, tmp_path: Path) -> None:
