@@ -65,6 +65,7 @@ def original(folder: Path, tower: str = "inside", **changes: Any) -> Path:
         theirs = rename(vision, "vision_tower.", "vision_model.")
         whole = {"model_type": "siglip", "vision_config": config["vision_config"]}
         theirs["text_model.final_layer_norm.weight"] = mx.ones((3,))
+        theirs |= {"logit_scale": mx.ones((1,)), "logit_bias": mx.ones((1,))}
         write(apart, whole, theirs, preprocessor_config=processor)
     return write(folder / "model", {k: v for k, v in raw.items() if v is not None}, rest)
 

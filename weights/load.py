@@ -35,6 +35,7 @@ from mlxvlm.weights.families import (
     llava_original,
     native,
     siglip,
+    xtuner,
 )
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
 from mlxvlm.weights.hub import Download, resolve, resolve_outline
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, internvl)
+WHOLE = (native, llava, llava_next, llava_original, xtuner, internvl)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -305,7 +306,7 @@ def open_whole(
     tokenizer = Tokenizer.load(checkpoint.language or folder)
     if family is llava_original:
         config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
-    if family in (llava, llava_next):
+    if family in (llava, llava_next, xtuner):
         choose_prompt(config, tokenizer, folder)
     elif family is internvl:
         internvl.find_image_token(config, checkpoint, tokenizer)
@@ -346,6 +347,8 @@ def _checkpoint(
     """What lies in a folder, and with it what its family keeps elsewhere."""
     if family is llava_original:
         checkpoint = family.assemble(folder, opened, elsewhere)
+    elif family is xtuner:
+        checkpoint = family.assemble(folder, elsewhere)
     else:
         checkpoint = opened(folder)
     elsewhere.check(folder)
@@ -353,6 +356,8 @@ def _checkpoint(
 
 
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:
+    if xtuner in families and xtuner.is_xtuner(folder):
+        return xtuner
     _check_not_unfinished(folder)
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
@@ -376,7 +381,8 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
 def _is_export(folder: Path) -> bool:
     """Whether a folder speaks of a whole model, and not of adapters alone."""
     config = folder / "config.json"
-    return config.is_file() and llava_original.is_original(read_json(config))
+    original = config.is_file() and llava_original.is_original(read_json(config))
+    return original or xtuner.is_xtuner(folder)
 
 
 def _check_not_unfinished(folder: Path) -> None:

@@ -28,10 +28,10 @@ from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.language.load import translate
 from mlxvlm.weights import peft
 from mlxvlm.weights.elsewhere import Elsewhere
-from mlxvlm.weights.families import clip, siglip
+from mlxvlm.weights.families import clip
 from mlxvlm.weights.families.llava import LARGE_CLIP
 from mlxvlm.weights.families.llava_next import grids
-from mlxvlm.weights.families.towers import preprocessing, vision_config
+from mlxvlm.weights.families.towers import preprocessing, tower_config, vision_config
 from mlxvlm.weights.folder import (
     PEFT_ADAPTERS,
     TRAINED,
@@ -116,9 +116,9 @@ def _holds_a_part(folder: Path) -> bool:
         raise only_pickles(folder, pickles)
     if lacking:
         raise WeightsError(
-            f"{folder} holds adapters, and lacks {' and '.join(map(str, lacking))}. On the hub they "
-            f"may be pickles ({lacking[0].stem}.bin), which are not fetched: run hf download REPO "
-            "--local-dir DIR, and give DIR to be shown the command that converts them."
+            f"{folder} holds adapters, and lacks {' and '.join(map(str, lacking))}. On the hub "
+            f"that may be a pickle ({lacking[0].stem}.bin), which is not fetched: run hf download "
+            "REPO --local-dir DIR, and give DIR to be shown the command that converts it."
         )
     return True
 
@@ -171,15 +171,7 @@ def _add_tower(checkpoint: Checkpoint, elsewhere: Elsewhere) -> None:
     if not inside:
         tower = Checkpoint.open(folder)
         checkpoint.tensors.update(tower.tensors)
-    kind = tower.config.get("model_type")
-    if kind not in (*clip.MODEL_TYPES, *siglip.MODEL_TYPES):
-        raise ConfigError(
-            f"mm_vision_tower (={name}) is of type {kind!r}; only CLIP and SigLIP towers are "
-            "supported."
-        )
-    own = tower.config.get("vision_config")
-    whole = {"model_type": f"{kind}_vision_model", **own} if isinstance(own, dict) else tower.config
-    raw["vision_config"] = whole
+    raw["vision_config"] = tower_config(tower.config, name)
     checkpoint.tower = folder
 
 
