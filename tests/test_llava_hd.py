@@ -210,3 +210,31 @@ def test_it_trains_from_pictures_and_from_a_cache_alike(place: Path, tmp_path: P
     before, after = (trained(folder)[1] for folder in (place / "model", tmp_path / "a"))
     assert all(np.abs(before[name] - after[name]).max() > 1e-6 for name in before)
     check(place, tmp_path / "a")
+
+
+def test_answers_together_are_answers_alone(place: Path) -> None:
+    """Of no picture, of one, and of several that are cut otherwise."""
+    vlm = load(place / "model")
+    asked = [(2,), (), (4, 0, 8), (5,), (3, 1)]
+    rows = [
+        ([{"role": "user", "content": f"What is {i}?"}], [drawing(SIZES[n], n) for n in shown])
+        for i, shown in enumerate(asked)
+    ]
+    alone = [vlm.generate(*row, max_tokens=6).tokens for row in rows]
+    together = dict(vlm.batch(rows, batch_size=3, max_tokens=6))
+    assert [together[i].tokens for i in range(len(rows))] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 2
+
+
+def test_llava_1_5s_recipes_train_it(place: Path, tmp_path: Path) -> None:
+    """With one flag, because tiles are neither cropped nor padded."""
+    recipes = Path(__file__).resolve().parents[1] / "examples" / "recipes"
+    recipe = recipes / "llava-1.5" / "pretrain.toml"
+    assert "--tiling anyres-hd" in (recipes / "README.md").read_text()
+    words = ["pretrain", "--config", recipe, "-m", place / "model", "--iters", 1]
+    words += ["--data", place / "rows.jsonl", "--images", place / "images"]
+    words += ["--batch-size", 2, "--grad-accumulation-steps", 1, "--out", tmp_path / "out"]
+    said = command(*words, code=1)
+    assert "tiling.resize (='crop') must be 'squash' for anyres tiles" in said
+    command(*words, "--resize", "squash")
+    assert load(tmp_path / "out").config.tiling == load(place / "model").config.tiling
