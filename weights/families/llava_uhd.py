@@ -16,7 +16,7 @@ MODEL_TYPES = llava_original.MODEL_TYPES
 PROJECTOR = "adapt_spatial_resampler"
 PREFIX = "model.mm_projector."
 
-add_tower = llava_original.add_tower
+assemble = llava_original.assemble
 layout = llava_original.layout
 
 
