@@ -40,6 +40,8 @@ from mlxvlm.weights.families import (
     llava,
     llava_next,
     llava_original,
+    llava_uhd,
+    minicpm,
     native,
     siglip,
     xtuner,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, xtuner, internvl)
+WHOLE = (native, llava, llava_next, llava_original, llava_uhd, xtuner, internvl, minicpm)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -316,12 +318,13 @@ def open_whole(
     checkpoint = _checkpoint(folder, family, elsewhere, opened)
     config = model_config(checkpoint, family)
     tokenizer = Tokenizer.load(checkpoint.language or folder)
-    if family is llava_original:
-        config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
+    tokenizer.num_embeddings = config.language.get("vocab_size")
+    if family in (llava_original, llava_uhd):
+        config.prompt.layout = family.layout(checkpoint, tokenizer)
     if family in (llava, llava_next, xtuner):
         choose_prompt(config, tokenizer, folder)
-    elif family is internvl:
-        internvl.find_image_token(config, checkpoint, tokenizer)
+    elif family in (internvl, minicpm):
+        family.find_image_token(config, checkpoint, tokenizer)
     return family, checkpoint, config, tokenizer
 
 
@@ -357,7 +360,7 @@ def _checkpoint(
     opened: Callable[[Path], Checkpoint] = Checkpoint.open,
 ) -> Checkpoint:
     """What lies in a folder, and with it what its family keeps elsewhere."""
-    if family is llava_original:
+    if family in (llava_original, llava_uhd):
         checkpoint = family.assemble(folder, opened, elsewhere)
     elif family is xtuner:
         checkpoint = family.assemble(folder, elsewhere)
@@ -373,6 +376,8 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
     _check_not_unfinished(folder)
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
+    if llava_uhd in families and llava_uhd.is_uhd(raw):
+        return llava_uhd
     if llava_original in families and llava_original.is_original(raw):
         return llava_original
     for family in families:
