@@ -236,7 +236,7 @@ def parse() -> argparse.Namespace:
             parser.error(f"--mlx-vlm {args.mlx_vlm}: no such interpreter")
         check = "import mlx_vlm, transformers"
         if subprocess.run([args.mlx_vlm, "-c", check], capture_output=True).returncode:
-            parser.error(f"--mlx-vlm {args.mlx_vlm}: mlx-vlm or transformers is not installed there")
+            parser.error(f"--mlx-vlm {args.mlx_vlm}: mlx-vlm or transformers is missing there")
     return args
 
 

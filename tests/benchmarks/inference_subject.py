@@ -1,9 +1,8 @@
 """What the inference benchmark runs on, as files: pictures, a SigLIP tower, a language model.
 
-    pictures/     640 x 480 JPEGs at quality 90, some 90 KB each
-    tower/        model.safetensors with Hugging Face's names (patch weights in MLX's layout)
-    model/        a LLaVA folder, as in the training benchmark; language/: its Llama alone
-    shape.json    the sizes
+pictures/ has 640 x 480 JPEGs at quality 90, some 70 KB each; tower/ a model.safetensors with
+Hugging Face's names, the patch weights in MLX's layout; model/ a LLaVA folder, as in the training
+benchmark, and language/ its Llama alone; shape.json the sizes.
 """
 
 from __future__ import annotations
