@@ -234,8 +234,14 @@ def test_the_head_runs_at_the_last_position_alone(model_type, monkeypatch):
     assert trunk(model) is model["model"] and not hasattr(model["model"], "_call")
 
 
-@pytest.mark.parametrize("step", [1, 4, 11, 64])
-def test_a_prompt_is_read_in_as_few_calls_as_the_step_allows(lm, step, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "at_once", "wanted"),
+    [(1, 256, [1] * 11), (4, 256, [4, 4, 2, 1]), (11, 256, [11]), (64, 256, [11])]
+    + [(64, 10, [10, 1]), (4, 10, [4, 4, 2, 1])],
+)
+def test_what_is_short_is_read_at_once(lm, step, at_once, wanted, monkeypatch):
+    plain = run(lm, max_tokens=2)
+    monkeypatch.setattr("mlxvlm.language.generate.AT_ONCE", at_once)
     calls = []
     inner = type(lm).__call__
 
@@ -244,7 +250,6 @@ def test_a_prompt_is_read_in_as_few_calls_as_the_step_allows(lm, step, monkeypat
         return inner(self, ids, *args, **options)
 
     monkeypatch.setattr(type(lm), "__call__", counted)
-    run(lm, max_tokens=2, prefill_step_size=step)
-    full, rest = divmod(len(PROMPT), step)
+    assert run(lm, max_tokens=2, prefill_step_size=step) == plain
     # Then a call a token: the second's keys too, for whoever keeps the state.
-    assert calls == [step] * full + [rest] * (rest > 0) + [1, 1]
+    assert calls == [*wanted, 1, 1]

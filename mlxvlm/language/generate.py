@@ -1,8 +1,8 @@
 """Tokens out of a language model of mlx-lm's: prefill from embeddings, then sample.
 
-The loop is our own: it reads the last piece of a prompt in one go, with the head at its last
-position alone, where mlx-lm's `generate_step` reads the last token in a step of its own; and greedy
-decoding needs no logarithms of probabilities.
+The loop is our own: what is short (a second question) is read in one go, with the head at its last
+position alone, where mlx-lm's `generate_step` always reads the last token in a step of its own; and
+greedy decoding needs no logarithms of probabilities.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from .forward import last_logits
 
 # Positions that one prefill call takes: bounds the attention's memory on long prompts.
 PREFILL_STEP_SIZE = 2048
+
+# What is longer is read without its last token first: keys and values do not need the last block's
+# attention and MLP, nor the head, and those of many tokens cost more than a step for one.
+AT_ONCE = 256
 
 # How many of the latest tokens a repetition penalty looks at (mlx-lm's own default).
 REPETITION_CONTEXT_SIZE = 20
@@ -128,13 +132,15 @@ class Sampling:
         spoken = ~np.isin(tokens, np.fromiter(banned_ids, np.int64))
         self.ids = np.where(spoken, tokens, 0)
         self.greedy = temperature == 0
+        self.looks_back = repetition_penalty is not None
         self.sampler = _sampler(temperature, top_p, top_k, min_p, seed)
         self.processors = [_mute(banned_ids, vocab_size)]
         if repetition_penalty is not None:
             self.processors.append(_penalise(repetition_penalty, tokens[spoken]))
 
     def draw(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """The token [1] that follows `tokens`, the prompt's and those drawn since, of [1, V]."""
+        """The token [1] that follows `tokens`, the prompt's and those drawn since (the prompt's
+        will do where nothing `looks_back`), of logits [1, V]."""
         for processor in self.processors:
             logits = processor(tokens, logits)
         if not self.greedy:
@@ -168,8 +174,8 @@ class Prefill:
 
     def finish(self) -> mx.array:
         """Reads the rest: [1, V] logits of what follows, lazy."""
-        rest = len(self.ids) - self.done
-        self.read(self.done + (rest - 1) // self.step * self.step)
+        if len(self.ids) - self.done > min(self.step, AT_ONCE):
+            self.read(len(self.ids) - 1)
         return last_logits(self.lm, *self._piece(len(self.ids)), self.caches)
 
     def _piece(self, stop: int) -> tuple[mx.array, mx.array]:
@@ -207,7 +213,8 @@ def _run(
     mx.async_eval(token)
     for count in range(max_tokens):
         # The next one is on its way before this one is looked at.
-        tokens = mx.concatenate([tokens, token])
+        if sampling.looks_back:
+            tokens = mx.concatenate([tokens, token])
         logits = prefill.lm(token[None], cache=prefill.caches)[:, -1]
         following = sampling.draw(tokens, logits)
         mx.async_eval(following)
