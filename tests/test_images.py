@@ -620,6 +620,16 @@ def test_heic_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     opening._register_heif.cache_clear()
 
 
+def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    ramp = Image.linear_gradient("L").resize((64, 48))
+    ramp.convert("RGB").save(tmp_path / "a.heic", quality=95)
+    found = pixels_of(tmp_path / "a.heic")
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found - np.asarray(ramp, float)[:, :, None]).mean() < 3
+
+
 # The web
 
 
