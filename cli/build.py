@@ -29,16 +29,17 @@ def build(
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
     projector: Annotated[
-        Literal["attention", "mlp", "c_abstractor", "resampler"],
+        Literal["attention", "mlp", "c_abstractor", "resampler"] | None,
         typer.Option(
             help="Self-attention blocks; LLaVA's two linear layers; Honeybee's convolutions around "
-            "a pooling, as in MM1.5; or MiniCPM-V's queries, which look at every patch."
+            "a pooling, as in MM1.5; or MiniCPM-V's queries, which look at every patch. Default: "
+            "attention; beside a model's encoder, all as that model has it."
         ),
-    ] = "attention",
+    ] = None,
     pool: Annotated[
-        Literal["none", "mean2", "concat2", "concat3"],
-        typer.Option(help="Fewer visual tokens: means, or neighbours side by side."),
-    ] = "none",
+        Literal["none", "mean2", "concat2", "concat3"] | None,
+        typer.Option(help="Fewer visual tokens: means, or neighbours side by side. [none]"),
+    ] = None,
     num_query_tokens: Annotated[
         int | None,
         typer.Option(
@@ -46,8 +47,8 @@ def build(
         ),
     ] = None,
     projector_width: Annotated[
-        int, typer.Option(min=0, help="Width of the projector; 0 is its default.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Width of the projector; 0 is its default. [0]")
+    ] = None,
     projector_layers: Annotated[
         int | None,
         typer.Option(
@@ -163,12 +164,13 @@ def build(
         "layer_norm": projector_norm,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    kind = projector or "attention"
     for name in given:
         flag, kinds = OWN_FLAGS[name]
-        if projector not in kinds:
-            raise UsageError(
-                f"{flag} belongs to --projector {' or '.join(kinds)}, not {projector}."
-            )
+        if kind not in kinds:
+            raise UsageError(f"{flag} belongs to --projector {' or '.join(kinds)}, not {kind}.")
+    general = {"type": projector, "pool": pool, "hidden_size": projector_width}
+    given |= {name: value for name, value in general.items() if value is not None}
     fields: dict[str, Any] = {**TILINGS[tiling], **limits} if tiling else {}
     if thumbnail is not None:
         fields["use_thumbnail"] = thumbnail
@@ -179,7 +181,7 @@ def build(
     vlm = join(
         vision,
         language,
-        ProjectorConfig(type=projector, pool=pool, hidden_size=projector_width, **given),
+        ProjectorConfig(**given) if given else None,
         tiling=fields,
         feature_layer=feature_layer,
         feature_norm=feature_norm,

@@ -55,8 +55,9 @@ def join(
 ) -> VLM:
     """An encoder and a language model, from folders or hub ids, and a fresh projector between.
 
-    tiling: fields that override the encoder's own. feature_layer, feature_norm: as in
-    `load_encoder`. layout: a prompt layout; by default the one that the tokenizer asks for.
+    projector: by default of the same kind as that of a whole model whose encoder is taken, else
+    ProjectorConfig's. tiling: fields that override the encoder's own. feature_layer, feature_norm:
+    as in `load_encoder`. layout: a prompt layout; by default the one that the tokenizer asks for.
     fresh_language: random weights, its config.json alone.
     dtype: what stored tensors become; fresh ones are float32, because they are about to be trained.
     seed: what the fresh weights are drawn from.
@@ -67,6 +68,8 @@ def join(
     wanted = parse_dtype(dtype)
     eyes, family = open_encoder(vision, revisions[0], report)
     tower, tiles = encoder_configs(eyes, family, feature_layer, feature_norm, tiling)
+    if projector is None:
+        projector = family.model(eyes).projector if family in WHOLE else ProjectorConfig()
     folder = resolve(language, revisions[1], report)
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
@@ -75,7 +78,7 @@ def join(
     config = ModelConfig(
         tiling=tiles,
         vision=dataclasses.replace(tower, vision_use_head=False),
-        projector=projector or ProjectorConfig(),
+        projector=projector,
         prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=merge),
         language=raw,
         about=about,

@@ -78,6 +78,8 @@ ADAPTER_FLAGS = (
     "dora",
 )
 
+VISION_FLAGS = ("vision_learning_rate", "vision_drop_path")
+
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"train": "projector", "learning_rate": 1e-3},
@@ -152,6 +154,11 @@ class TrainConfig:
     learning_rate: float = flag(1e-3, "Peak learning rate; adapters have that of their part.")
     projector_learning_rate: float = flag(0.0, "The projector's own; 0 means --learning-rate.")
     vision_learning_rate: float = flag(0.0, "The vision tower's own; 0 means --learning-rate.")
+    vision_drop_path: float = flag(
+        0.0,
+        "Stochastic depth of a vision tower that trains: the share of views that lose a branch of "
+        "its last block; fewer in those before.",
+    )
     schedule: str = flag("cosine", f"After warm-up: {', '.join(SCHEDULES)}.")
     warmup: float = flag(
         0.03, "Warm-up: a share of all steps below 1, a number of steps from 1 up."
@@ -235,6 +242,10 @@ class TrainConfig:
             raise UsageError(f"--epochs (={self.epochs}) must be above 0 where --iters is 0.")
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate (={self.learning_rate}) must be above 0.")
+        if not 0 <= self.vision_drop_path < 1:
+            raise UsageError(
+                f"--vision-drop-path (={self.vision_drop_path}) must be from 0 to less than 1."
+            )
         if self.val_data and self.val_split:
             raise UsageError("--val-data and --val-split do not go together; drop one.")
         if self.patience and not (self.val_data or self.val_split):
@@ -337,7 +348,7 @@ def refuse_idle(stage: str, flags: dict[str, Any], config: TrainConfig) -> None:
     for name in given:
         if name in ADAPTER_FLAGS and not adapts:
             heeded = "is of adapters: name lora:lm or lora:vision in --train"
-        elif name == "vision_learning_rate" and not config.trains_vision:
+        elif name in VISION_FLAGS and not config.trains_vision:
             heeded = "is of the vision tower: name vision or lora:vision in --train"
         elif name == "projector_learning_rate" and "projector" not in parts:
             heeded = "is of the projector: name projector in --train"
