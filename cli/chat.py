@@ -40,6 +40,19 @@ def chat(
         list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about.")
     ] = None,
     model: ModelOrDemo = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--video",
+            metavar="FILE",
+            help="An animation (GIF, WebP, APNG) or a video file to show as frames (may be "
+            "repeated; files take `pip install 'mlxvlm[video]'`).",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option("--frames", min=1, help="The most frames of a --video. Default: 8."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -195,10 +208,14 @@ def chat(
 ) -> None:
     """Talk about pictures: a prompt loop, or one answer with -p."""
     paths = [checked(image) for image in images or []]
+    videos = [checked(one) for one in video or []]
+    if frames is not None and batch is not None:
+        raise UsageError("--frames and --batch do not go together; drop one.")
     file = None
     if batch is not None:
         others = {
             "IMAGE": paths,
+            "--video": videos,
             "--prompt": prompt,
             "--json": as_json,
             "--draw": draw,
@@ -210,8 +227,12 @@ def chat(
     elif out is not None or batch_size is not None:
         raise UsageError("--out and --batch-size go with --batch FILE, which is not given.")
     question = _question(prompt, as_json)
+    if frames is not None and question is not None and not videos:
+        raise UsageError("--frames is of a --video FILE, which is not given.")
     drawing = None
     if draw is not None:
+        if videos:
+            raise UsageError("--draw draws on pictures, and not on a --video; drop one.")
         from mlxvlm.cli.draw import Drawing
 
         drawing = Drawing(draw, allow_urls, tell=note)
@@ -274,6 +295,9 @@ def chat(
     )
     conversation.add(*paths)
     talk = Talk(conversation, paths, drawing, hints=model is None)
+    if frames is not None:
+        talk.frames = frames
+    talk.show_videos(videos)
     if question is None:
         loop(talk)
     elif as_json:
@@ -285,7 +309,8 @@ def chat(
         if drawing:
             drawn = drawing.answer(reply, paths)
             told["drawn"] = None if drawn is None else str(drawn)
-        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **told}))
+        shown = {"videos": videos} if videos else {}
+        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **shown, **told}))
     else:
         talk.ask(question, once=True)
     if disk is not None and disk.problem:

@@ -20,6 +20,7 @@ import numpy as np
 from .config import ModelConfig
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
+from .frames import with_frames
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
@@ -91,17 +92,19 @@ class VLM(nn.Module):
         """Lays out messages and pictures as tokens.
 
         images: what `look` takes, or Picture or Features; those that are opened here share the
-        tiling's budget as in a row of data. `add_generation_prompt` opens the assistant's turn; by
+        tiling's budget as in a row of data. A part {"type": "video", "video": "clip.gif", "frames":
+        8} of a user's message shows a video, a view a frame. `add_generation_prompt` opens the assistant's turn; by
         default, where the last message is not the assistant's. look: what opens pictures in the
         stead of `self.look`.
         """
         if self.tokenizer is None:
             raise PromptError("this model has no tokenizer; load it from a folder that has one.")
+        look = look or self.look
+        messages = with_frames(messages, self.config.prompt, look)
         parts, images = normalize_messages(messages, images)
         if add_generation_prompt is None:
             add_generation_prompt = bool(parts[-1]["role"] != "assistant")
         limit = tiles_each(self.config.tiling, len(images))
-        look = look or self.look
         pictures = [
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images

@@ -2,6 +2,7 @@
 
     open.py        a path, bytes, URL, PIL image or array -> an upright RGB image and its sha256
     colour.py      any Pillow mode or NumPy array -> 8-bit RGB over white
+    video.py       an animation or a video file -> frames, evenly sampled
     fetch.py       an http(s) URL -> bytes, with limits
     preprocess.py  an RGB image -> a view, as SigLIP, CLIP and LLaVA-1.5 make it
     tiling.py      an RGB image -> the views that a `TilingConfig` asks for
