@@ -132,6 +132,24 @@ def chat(
             help="Draw the boxes that an answer names on the last picture shown (PNG, JPEG, WebP).",
         ),
     ] = None,
+    vote: Annotated[
+        bool,
+        typer.Option(
+            "--vote",
+            help="With -p: sample several answers, each with its steps, and say what most of them "
+            "come to.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="With --vote: how many answers. Default: 8."),
+    ] = None,
+    reason: Annotated[
+        bool | None,
+        typer.Option(
+            "--reason/--no-reason", help="With --vote: ask for steps before the answer. [on]"
+        ),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -219,14 +237,25 @@ def chat(
             "--prompt": prompt,
             "--json": as_json,
             "--draw": draw,
+            "--vote": vote,
             "--prompt-cache": prompt_cache,
             "--max-kv-size": max_kv_size,
             "--kv-bits": kv_bits,
         }
         file = _batch_file(batch, out, text_of(system), others)
-    elif out is not None or batch_size is not None:
+    elif out is not None or (batch_size is not None and not vote):
         raise UsageError("--out and --batch-size go with --batch FILE, which is not given.")
     question = _question(prompt, as_json)
+    if vote:
+        others = {
+            "--draw": draw,
+            "--prompt-cache": prompt_cache,
+            "--max-kv-size": max_kv_size,
+            "--kv-bits": kv_bits,
+        }
+        _check_vote(question, others)
+    elif samples is not None or reason is not None:
+        raise UsageError("--samples and --reason go with --vote, which is not given.")
     if frames is not None and question is not None and not videos:
         raise UsageError("--frames is of a --video FILE, which is not given.")
     drawing = None
@@ -281,6 +310,15 @@ def chat(
         sizes = {} if batch_size is None else {"batch_size": batch_size}
         reuse = Reuse(vlm, cache=opened)
         file.answer(vlm, allow_urls=allow_urls, reuse=reuse, stop=stop or (), **sizes, **settings)
+        return
+    if vote:
+        from mlxvlm.cli.vote import tell
+
+        asked = {"samples": samples, "reason": reason, "batch_size": batch_size}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        shown = {"model": model or DEMO, "images": paths, **({"videos": videos} if videos else {})}
+        asked |= {"reuse": Reuse(vlm, cache=opened), "stop": stop or (), "allow_urls": allow_urls}
+        tell(vlm, str(question), text_of(system), (shown, frames), as_json, **asked, **settings)
         return
     conversation = Conversation(
         vlm,
@@ -337,6 +375,13 @@ def _batch_file(source: str, out: str | None, system: str, others: dict[str, Any
     from mlxvlm.cli.batch import BatchFile
 
     return BatchFile(source, out, system)
+
+
+def _check_vote(question: str | None, others: dict[str, Any]) -> None:
+    if question is None:
+        raise UsageError("--vote wants the question: -p TEXT.")
+    if found := [name for name, value in others.items() if value]:
+        raise UsageError(f"--vote and {found[0]} do not go together; drop one.")
 
 
 def _opened(cache: str | None) -> EmbeddingCache | None:

@@ -35,6 +35,7 @@ from .vision.encoder import Encoder
 if TYPE_CHECKING:
     from .language.tokenizer import Tokenizer
     from .reply import Chunk, Reply
+    from .vote import Vote
 
 
 class VLM(nn.Module):
@@ -93,9 +94,9 @@ class VLM(nn.Module):
 
         images: what `look` takes, or Picture or Features; those that are opened here share the
         tiling's budget as in a row of data. A part {"type": "video", "video": "clip.gif", "frames":
-        8} of a user's message shows a video, a view a frame. `add_generation_prompt` opens the assistant's turn; by
-        default, where the last message is not the assistant's. look: what opens pictures in the
-        stead of `self.look`.
+        8} of a user's message shows a video, a view a frame. `add_generation_prompt` opens the
+        assistant's turn; by default, where the last message is not the assistant's. look: what
+        opens pictures in the stead of `self.look`.
         """
         if self.tokenizer is None:
             raise PromptError("this model has no tokenizer; load it from a folder that has one.")
@@ -252,3 +253,11 @@ class VLM(nn.Module):
         from .batch import batch
 
         return batch(self, asks, **options)
+
+    def vote(
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any] = (), **options: Any
+    ) -> Vote:
+        """What most of several sampled answers come to; as `vote.vote`, with its options."""
+        from .vote import vote
+
+        return vote(self, messages, images, **options)

@@ -1,5 +1,5 @@
-"""Frames of an animation (GIF, WebP, APNG: Pillow reads them) or of a video file (PyAV does), evenly
-sampled in time.
+"""Frames of an animation (GIF, WebP, APNG: Pillow reads them) or of a video file (PyAV), taken
+evenly over its time.
 
     count = 4     |----x----|----x----|----x----|----x----|     the middle of each of equal parts
 
