@@ -19,6 +19,10 @@ OWN_FLAGS = {
 }
 
 
+# Tilings whose number of tiles may be limited.
+LIMITED = ("dynamic", "anyres-hd", "slices", "slices-uhd")
+
+
 def build(
     vision: Annotated[
         str,
@@ -77,9 +81,10 @@ def build(
         typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
     ] = None,
     tiling: Annotated[
-        Literal["single", "dynamic", "anyres", "anyres-hd"] | None,
+        Literal["single", "dynamic", "anyres", "anyres-hd", "slices", "slices-uhd"] | None,
         typer.Option(
             help="dynamic: InternVL's tiles. anyres: LLaVA-NeXT's, anyres-hd: LLaVA-1.5-HD's. "
+            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, for a resampler. "
             "Default: the encoder's own, one view."
         ),
     ] = None,
@@ -87,7 +92,8 @@ def build(
         int | None,
         typer.Option(
             min=1,
-            help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd.",
+            help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd; "
+            "9 slices, 7 of slices-uhd.",
         ),
     ] = None,
     min_tiles: Annotated[
@@ -150,8 +156,13 @@ def build(
     check_out(out, vision, language)
     limits = {"max_tiles": max_tiles, "min_tiles": min_tiles}
     limits = {name: given for name, given in limits.items() if given is not None}
-    if limits and tiling not in ("dynamic", "anyres-hd"):
-        raise UsageError("--max-tiles and --min-tiles belong to --tiling dynamic or anyres-hd.")
+    if limits and tiling not in LIMITED:
+        raise UsageError(
+            f"--max-tiles and --min-tiles belong to --tiling {', '.join(LIMITED[:-1])} or "
+            f"{LIMITED[-1]}."
+        )
+    if min_tiles is not None and tiling not in LIMITED[:2]:
+        raise UsageError("--min-tiles belongs to --tiling dynamic or anyres-hd.")
     if thumbnail is not None and tiling != "dynamic":
         raise UsageError("--thumbnail and --no-thumbnail belong to --tiling dynamic.")
     if grids and tiling != "anyres":
@@ -198,7 +209,7 @@ def build(
     tiles, views = vlm.config.tiling, ""
     if tiles.type != "single":
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
-        more = ", and the whole" if tiles.type == "anyres" else more
+        more = ", and the whole" if tiles.type in ("anyres", "slices") else more
         views = f", {tiles.min_tiles} to {tiles.max_tiles} tiles a picture{more}"
     typer.echo(
         f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view{views}. "

@@ -21,6 +21,7 @@ from .config import ModelConfig
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
 from .frames import with_frames
+from .grids import Views, batched, project
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
@@ -122,20 +123,22 @@ class VLM(nn.Module):
         parts = []
         for done, same in groupby(features, key=lambda found: found.projected):
             group = list(same)
-            views = mx.stack([mx.array(view) for found in group for view in found.views])
+            views = batched([mx.array(view) for found in group for view in found.views])
             cuts = [found.cut for found in group]
-            if done:
+            if done and isinstance(views, mx.array):
                 parts.append(self.merge(views.astype(dtype_of(self.projector)), cuts))
             else:
                 parts.append(self.project_views(views, cuts))
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def project_views(self, views: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
-        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings.
+    def project_views(self, views: Views, cuts: Sequence[Cut] = ()) -> mx.array:
+        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings; a list of
+        [tokens, width] where views differ in size.
 
-        cuts: how the pictures are cut, which `prompt.merge` "flat" need not know.
+        cuts: how the pictures are cut, which `prompt.merge` "flat" of views of one size need not
+        know.
         """
-        return self.merge(self.projector(views.astype(dtype_of(self.projector))), cuts)
+        return self.merge(project(self.projector, self.config, views, cuts), cuts)
 
     def merge(self, projected: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
         """[views, tokens_per_view, D] of pictures to [visual tokens, D]; cuts: as above."""

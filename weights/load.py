@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.config import ModelConfig, TilingConfig, VisionConfig, read_dataclass, read_json
+from mlxvlm.config import (
+    TAKE_ANY_GRID,
+    ModelConfig,
+    TilingConfig,
+    VisionConfig,
+    read_dataclass,
+    read_json,
+)
 from mlxvlm.errors import ConfigError, PromptError
 from mlxvlm.projected import ProjectedEncoder
 from mlxvlm.projectors.build import build_projector
@@ -232,6 +239,11 @@ def encoder_configs(
         if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
             own = ("image_size", "resize", "resample", "background")
             tiles = TilingConfig(**{name: getattr(tiles, name) for name in own})
+            tiles.patch_size = config.patch_size
+            if fields["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+                # A tower of one grid takes others with its positions resized.
+                rule = config.positions if config.takes_any_grid else "bicubic"
+                config = dataclasses.replace(config, positions=rule)
         if "resize" in fields and "background" not in fields:
             tiles = tiles.resized(fields.pop("resize"), config.image_mean)
         tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")
