@@ -72,7 +72,8 @@ def by_key(
 def project(
     projector: nn.Module, config: ModelConfig, views: Views, cuts: Sequence[Cut] = ()
 ) -> mx.array:
-    """[views, tokens, D] embeddings of the views of pictures cut so.
+    """[views, tokens, D] embeddings of the views of pictures cut so; of "whole" ones [1, tokens of
+    all, D].
 
     cuts: may be left out where all views are of one size.
     """
@@ -85,6 +86,13 @@ def project(
                 "views are all of one size: they are another encoder's."
             )
         return projector(views.astype(dtype))
+    if config.tiling.type == "whole":
+        # Each token by itself, so that views are told apart no more.
+        flat = list(views)
+        found = by_key(
+            flat, [len(view) for view in flat], lambda same, _: projector(same.astype(dtype))
+        )
+        return mx.concatenate(found)[None]
     grids = view_grids(config.tiling, cuts)
     found = [len(view) for view in views]
     if found != [h * w for h, w in grids]:

@@ -4,6 +4,9 @@
     spatial_unpad   the whole's tokens, then the tiles' as one map: what lies in the canvas' padding
                     is left out, and each row ends with `image_newline` (LLaVA-NeXT)
 
+    rows            a class token, then rows of tokens, each with its end: a view's tokens as they
+                    come, whose number hangs on the picture's shape (EVE)
+
     whole  tile 1  tile 2        a b   A B | E F          a b c d  A B E F \\n  C D G H \\n
                                  c d   C D | G H    ->
 
@@ -54,7 +57,7 @@ def merge_tokens(
     config: ModelConfig, tokens: mx.array, newline: mx.array | None, cuts: Sequence[Cut]
 ) -> mx.array:
     """[visual tokens, D] of the projected [views * tokens, D] of pictures cut so, in order."""
-    if config.prompt.merge == "flat":
+    if config.prompt.merge in ("flat", "rows"):
         return tokens
     assert newline is not None  # a model that merges so is built with one
     order, each = MERGES[config.prompt.merge].order, config.tokens_per_view
@@ -80,6 +83,15 @@ def _flat(cut: Cut, tokens: int) -> np.ndarray:
 
 def _count_flat(cut: Cut, tokens: int) -> int:
     return cut.views * tokens
+
+
+def _rows(cut: Cut, tokens: int) -> np.ndarray:
+    return np.arange(_count_rows(cut, tokens), dtype=np.int32)
+
+
+def _count_rows(cut: Cut, tokens: int) -> int:
+    rows, columns = cut.grid
+    return 1 + rows * (columns + 1)
 
 
 @lru_cache(1024)
@@ -125,4 +137,5 @@ def _padding(cut: Cut, side: int) -> tuple[int, int]:
 MERGES: dict[str, Merge] = {
     "flat": Merge(_flat, _count_flat),
     "spatial_unpad": Merge(_spatial_unpad, _count_spatial_unpad),
+    "rows": Merge(_rows, _count_rows),
 }

@@ -33,6 +33,7 @@ from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
 from mlxvlm.weights.families import (
     clip,
+    eve,
     internvit,
     internvl,
     llava,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, internvl)
+WHOLE = (native, llava, llava_next, llava_original, internvl, eve)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 

@@ -7,6 +7,7 @@
     preprocess.py  an RGB image -> a view, as SigLIP, CLIP and LLaVA-1.5 make it
     tiling.py      an RGB image -> the views that a `TilingConfig` asks for
     dynamic.py     InternVL's tiles
+    whole.py       EVE's view in the picture's own shape, and its teacher's
     anyres.py      LLaVA-NeXT's and LLaVA-1.5-HD's
     slices.py      MiniCPM-V's and LLaVA-UHD's, which differ in size
     picture.py     `Picture`, `Features`, and how a picture is cut into views
