@@ -27,7 +27,8 @@ def build(
     vision: Annotated[
         str,
         typer.Option(
-            help="SigLIP, CLIP, InternViT, or a model whose encoder to take: a folder or a hub id."
+            help="SigLIP, CLIP, InternViT, or a model whose encoder to take: a folder or a hub id; "
+            "or a fresh layer of patches, as EVE's: eve-patch14-anypixel-672, or -1344."
         ),
     ],
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
@@ -207,12 +208,13 @@ def build(
     )
     save(vlm, out)
     tiles, views = vlm.config.tiling, ""
-    if tiles.type != "single":
+    upto = "up to " if tiles.type == "whole" else ""
+    if tiles.type not in ("single", "whole"):
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
         more = ", and the whole" if tiles.type in ("anyres", "slices") else more
         views = f", {tiles.min_tiles} to {tiles.max_tiles} tiles a picture{more}"
     typer.echo(
-        f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view{views}. "
+        f"Saved {out}: {upto}{vlm.config.tokens_per_view} visual tokens a view{views}. "
         f"The projector is untrained: mlxvlm pretrain --model {out}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from checkpoints import Tensors, write
+from mlx.utils import tree_flatten
 from tiny_tokenizers import sentencepiece
 
-WIDTH, TEXT, LAYERS, HEADS = 16, 32, 4, 8
+from mlxvlm.config import VisionConfig
+from mlxvlm.vision.build import build_vision
+
+WIDTH, TEXT, LAYERS, HEADS, TEACHER = 16, 32, 4, 8, 32
 
 
 def write_eve(folder: Path, ratio: int = 1, seed: int = 5, **changes: Any) -> Path:
@@ -80,3 +85,36 @@ def write_eve(folder: Path, ratio: int = 1, seed: int = 5, **changes: Any) -> Pa
         **changes,
     }
     return write(folder, {k: v for k, v in config.items() if v is not None}, tensors)
+
+
+def write_teacher(folder: Path, seed: int = 3, size: int = 48) -> Path:
+    """A CLIP with 24 x 24 patches of 2 pixels, as its folder on the hub."""
+    config = VisionConfig(
+        model_type="clip_vision_model",
+        hidden_size=TEACHER,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=2,
+        hidden_act="quick_gelu",
+        vision_feature_norm=True,
+    )
+    mx.random.seed(seed)
+    flat: Any = tree_flatten(build_vision(config).parameters())
+    tensors = {f"vision_model.{name}": 2 * value for name, value in flat}
+    fields = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+    fields += ("num_attention_heads", "image_size", "patch_size", "hidden_act")
+    pixels = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "resample": 3,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({f: getattr(config, f) for f in fields}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    return folder

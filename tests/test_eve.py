@@ -9,15 +9,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import read
+from checkpoints import read, write
 from eve_folders import HEADS, TEXT, WIDTH, write_eve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from PIL import Image
 from tiny_vlm import picture
+from typer.testing import CliRunner
 
 import mlxvlm
+from mlxvlm.cli.main import app
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig, TilingConfig
 from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.images.tiling import plan_cut, tile, view_sizes
@@ -249,3 +251,23 @@ def test_its_choices_go_together():
         with pytest.raises(ConfigError):
             ModelConfig.from_dict(raw)
     assert ModelConfig.from_dict(good) == published(672)
+
+
+def test_a_fresh_one_is_built_on_a_language_model(tmp_path):
+    source = write_eve(tmp_path / "source")
+    config, tensors = read(source)
+    raw = {k: v for k, v in config.items() if not k.startswith(eve.BESIDE)}
+    kept = {k: v for k, v in tensors.items() if "vision_tower" not in k and "mm_proj" not in k}
+    write(tmp_path / "language", {**raw, "model_type": "llama"}, kept)
+    words = ["build", "--vision", "eve-patch14-anypixel-672", "--language", tmp_path / "language"]
+    done = CliRunner().invoke(app, [str(word) for word in [*words, "--out", tmp_path / "model"]])
+    assert done.exit_code == 0 and "up to 601 visual tokens" in done.output, done.output
+    vlm = mlxvlm.load(tmp_path / "model")
+    assert vlm.config.vision == published(672).vision
+    assert (vlm.config.prompt.layout, vlm.config.prompt.merge) == ("vicuna_v1", "rows")
+    assert vlm.vision.embeddings.patch_embedding.weight.shape == (1024, 14, 14, 3)
+    theirs = mlxvlm.load(source).language.lm_head.weight
+    assert mx.array_equal(vlm.language.lm_head.weight, theirs).item()
+    wrong = [*words, "--out", tmp_path / "no", "--tiling", "dynamic"]
+    done = CliRunner().invoke(app, [str(word) for word in wrong])
+    assert done.exit_code == 2 and "pictures keep their shape" in done.output

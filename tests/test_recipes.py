@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 import pytest
+from eve_folders import write_eve, write_teacher
 from internvl_folders import write_internvl
 from test_train import losses, place  # noqa: F401
 from tiny_tokenizers import vicuna
@@ -25,12 +26,13 @@ STAGES = {
     "stage-1": "pretrain",
     "stage-1.5": "pretrain",
     "stage-2": "sft",
+    "stage-3": "sft",
 }
 
 
 def test_there_are_all_that_the_readme_names():
     named = re.findall(r"^\| `([\w.-]+)` \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted({path.parent.name for path in RECIPES}) and len(RECIPES) == 15
+    assert sorted(named) == sorted({path.parent.name for path in RECIPES}) and len(RECIPES) == 18
 
 
 def llava() -> VLM:
@@ -53,6 +55,10 @@ def test_a_recipe_trains(path, place, tmp_path):  # noqa: F811
     if path.parent.name == "internvl-2.5":
         model = write_internvl(tmp_path / "internvl")
         smaller = {"pack_length": 256}
+    if path.parent.name == "eve":
+        teacher = write_teacher(tmp_path / "teacher")
+        model = write_eve(tmp_path / "eve", mm_vision_tower_clip=str(teacher))
+        smaller = {"batch_size": 1}
     if "4-bit" in path.read_text() or "4bit" in path.read_text():
         model = tmp_path / "quantised"
         vlm = load(place / "model")
@@ -76,6 +82,7 @@ def test_a_recipe_trains(path, place, tmp_path):  # noqa: F811
     trainer.run()
     assert len(losses(tmp_path / "out")) == 2 and all(losses(tmp_path / "out"))
     wanted = {part.split(":")[-1].replace("lm", "language") for part in trainer.config.parts}
+    wanted |= {"aligner"} if trainer.teacher else set()
     assert {name.split(".")[0] for name in before} == wanted
     adapters = "lora:lm" in trainer.config.parts
     vlm = load(model, adapter=tmp_path / "out") if adapters else load(tmp_path / "out")

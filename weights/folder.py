@@ -24,9 +24,10 @@ ADAPTERS = "adapters.safetensors"
 VISION_ADAPTERS = "vision_adapters.safetensors"
 PROJECTOR = "projector.safetensors"
 VISION = "vision.safetensors"
+ALIGNER = "aligner.safetensors"
 INDEX = "model.safetensors.index.json"
 # safetensors files that are no part of a model's own weights.
-BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, "adapter_model.safetensors")
+BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, ALIGNER, "adapter_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Pickles that a trainer leaves beside a model: they hold no weights.
 OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")

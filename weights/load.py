@@ -245,6 +245,9 @@ def encoder_configs(
                 # A tower of one grid takes others with its positions resized.
                 rule = config.positions if config.takes_any_grid else "bicubic"
                 config = dataclasses.replace(config, positions=rule)
+            if fields["type"] == "centred":
+                mean = tuple(int(255 * value) for value in config.image_mean)
+                fields.setdefault("background", mean)
         if "resize" in fields and "background" not in fields:
             tiles = tiles.resized(fields.pop("resize"), config.image_mean)
         tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")

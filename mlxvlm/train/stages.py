@@ -66,6 +66,7 @@ LEAST = {
     "val_samples": 0,
     "patience": 0,
     "lora_alpha": 0,
+    "teacher_weight": 0,
 }
 
 ADAPTER_FLAGS = (
@@ -79,6 +80,9 @@ ADAPTER_FLAGS = (
 )
 
 VISION_FLAGS = ("vision_learning_rate", "vision_drop_path")
+
+# What the teacher's part of the loss is called.
+ALIGN = "align"
 
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
 STAGES: dict[str, dict[str, Any]] = {
@@ -203,6 +207,15 @@ class TrainConfig:
     )
     rslora: bool = flag(False, "Scale adapters by alpha / sqrt(rank) instead.")
     dora: bool = flag(False, "DoRA: adapters with a magnitude for each output.")
+    teacher: str = flag(
+        "",
+        "Of EVE: whose features its tokens come close to while it trains, or none. Default: the "
+        "model's own teacher, a CLIP.",
+    )
+    teacher_cache: str = flag(
+        "", "Of EVE: cache of the teacher's features; cache-embeddings -m MODEL makes it."
+    )
+    teacher_weight: float = flag(1.0, "Of EVE: the teacher's share beside the loss of words.")
     targets: dict[str, AuxiliaryTarget] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     mixture: Mixture = field(default_factory=Mixture)
@@ -260,6 +273,8 @@ class TrainConfig:
             raise UsageError(
                 f"--batching {self.batching} and --share-prefix do not go together; drop one."
             )
+        if ALIGN in self.targets:
+            raise UsageError(f"targets.{ALIGN} is what the teacher's part is called: rename it.")
         if self.sources and self.data:
             raise UsageError("--data and [[sources]] both name rows; choose one.")
         if self.data or self.sources:
@@ -410,12 +425,17 @@ def _paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             return value
         # What may be a hub's is a path if it lies beside the recipe.
         beside = (folder / value).exists()
-        if name == "model" and not beside or name in ("data", "val_data") and is_hub_data(value):
+        if (
+            name in ("model", "teacher")
+            and not beside
+            or name in ("data", "val_data")
+            and is_hub_data(value)
+        ):
             if not beside:
                 return value
         return str((folder / value).resolve())
 
-    names = ("model", "data", "out", "images", "cache", "val_data")
+    names = ("model", "data", "out", "images", "cache", "val_data", "teacher", "teacher_cache")
     return raw | {name: place(name, raw[name]) for name in names if name in raw}
 
 
@@ -436,7 +456,7 @@ FREE_ON_RESUME = {
     "spike_factor",
     "patience",
     "val_samples",
-} | {"data", "images", "cache", "val_data", "strict"}
+} | {"data", "images", "cache", "teacher_cache", "val_data", "strict"}
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:
