@@ -11,9 +11,12 @@ from mlxvlm.errors import UsageError
 
 # Flags that not every projector has, and those that do.
 OWN_FLAGS = {
-    "num_query_tokens": ("--num-query-tokens", ("c_abstractor", "resampler")),
+    "num_query_tokens": (
+        "--num-query-tokens",
+        ("c_abstractor", "resampler", "spatial_resampler"),
+    ),
     "num_layers": ("--projector-layers", ("attention", "c_abstractor")),
-    "num_attention_heads": ("--projector-heads", ("attention", "resampler")),
+    "num_attention_heads": ("--projector-heads", ("attention", "resampler", "spatial_resampler")),
     "num_positions": ("--num-positions", ("attention",)),
     "layer_norm": ("--projector-norm", ("mlp",)),
 }
@@ -34,11 +37,12 @@ def build(
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
     projector: Annotated[
-        Literal["attention", "mlp", "c_abstractor", "resampler"] | None,
+        Literal["attention", "mlp", "c_abstractor", "resampler", "spatial_resampler"] | None,
         typer.Option(
             help="Self-attention blocks; LLaVA's two linear layers; Honeybee's convolutions around "
-            "a pooling, as in MM1.5; or MiniCPM-V's queries, which look at every patch. Default: "
-            "attention; beside a model's encoder, all as that model has it."
+            "a pooling, as in MM1.5; MiniCPM-V's queries, which look at every patch; or "
+            "LLaVA-UHD's, which look at their own part of the view. Default: attention; beside a "
+            "model's encoder, all as that model has it."
         ),
     ] = None,
     pool: Annotated[
@@ -48,7 +52,9 @@ def build(
     num_query_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Visual tokens a view: c_abstractor's (a square) or resampler's. [144, 96]"
+            min=1,
+            help="Visual tokens a view: of c_abstractor or spatial_resampler (a square), or of "
+            "resampler. [144, 144, 96]",
         ),
     ] = None,
     projector_width: Annotated[
@@ -63,7 +69,7 @@ def build(
     projector_heads: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Heads of attention's blocks, or of resampler. [0: width / 64, / 128]"
+            min=0, help="Heads of attention's blocks, or of resamplers. [0: width / 64, / 128]"
         ),
     ] = None,
     projector_norm: Annotated[
@@ -85,7 +91,7 @@ def build(
         Literal["single", "dynamic", "anyres", "anyres-hd", "slices", "slices-uhd"] | None,
         typer.Option(
             help="dynamic: InternVL's tiles. anyres: LLaVA-NeXT's, anyres-hd: LLaVA-1.5-HD's. "
-            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, for a resampler. "
+            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, both for a resampler. "
             "Default: the encoder's own, one view."
         ),
     ] = None,

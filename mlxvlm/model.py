@@ -26,7 +26,7 @@ from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
 from .language.load import build_language, language_width
-from .merge import merge_tokens, unbroken, visual_tokens
+from .merge import merge_tokens, spelling, unbroken, visual_tokens
 from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
@@ -111,7 +111,7 @@ class VLM(nn.Module):
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
-        counts = [visual_tokens(self.config, p.cut) for p in pictures]
+        counts = [spelling(self.config, p.cut) for p in pictures]
         prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
         prompt.pictures = pictures
         return prompt

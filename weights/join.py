@@ -87,7 +87,9 @@ def join(
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
-    merge = {"anyres": "spatial_unpad", "whole": "rows"}.get(tiles.type, "flat")
+    # Any vocabulary has the comma and the newline between LLaVA-UHD's slices.
+    merges = {"anyres": "spatial_unpad", "slices": "uhd", "whole": "rows"}
+    merge = merges.get(tiles.type, "flat")
     config = ModelConfig(
         tiling=tiles,
         vision=dataclasses.replace(tower, vision_use_head=False),
