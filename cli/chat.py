@@ -148,7 +148,8 @@ def chat(
     reason: Annotated[
         bool | None,
         typer.Option(
-            "--reason/--no-reason", help="With --vote: ask for steps before the answer. [on]"
+            "--reason/--no-reason",
+            help="With --vote: ask for steps before the answer. [on, but for the small model]",
         ),
     ] = None,
     batch: Annotated[
@@ -321,6 +322,8 @@ def chat(
     if vote:
         from mlxvlm.cli.vote import tell
 
+        if reason is None and model is None:
+            reason = False  # the small model was never asked for steps
         asked = {"samples": samples, "reason": reason, "batch_size": batch_size}
         asked = {name: value for name, value in asked.items() if value is not None}
         shown = {"model": model or DEMO, "images": paths, **({"videos": videos} if videos else {})}

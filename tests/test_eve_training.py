@@ -249,6 +249,8 @@ def test_a_teacher_can_be_done_without(place, tmp_path):
 
 
 def test_teachers_that_cannot_be(place, tmp_path):
+    with pytest.raises(ConfigError, match="vision has no blocks to put adapters on"):
+        Trainer(config(place, tmp_path, "lora", train="lora:vision"))
     with pytest.raises(UsageError, match="gives adapters"):
         Trainer(config(place, tmp_path, "lora", train="lora:lm", teacher=str(place / "teacher")))
     with pytest.raises(UsageError, match="targets.align is what the teacher's part is called"):
