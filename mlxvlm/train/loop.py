@@ -92,7 +92,7 @@ class Trainer:
             count = len(blocks_of(self.vlm.language))
             mx.random.seed(config.seed)  # whether a teacher was built before or not
             self.vlm.aligner = PatchAligner(width, self.teacher.width, count)
-            load_aligner(self.vlm.aligner, self.model)
+            load_aligner(self.vlm["aligner"], self.model)
         mx.eval(self.vlm.parameters())
         self.encoder: Encoder | None = self.vlm.encoder
         # Before a cache takes the tower's place.

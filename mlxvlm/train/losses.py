@@ -26,7 +26,7 @@ from ..language.forward import head, head_module, hidden_states, recomputed
 from ..language.packed import packed_caches
 from ..language.prefix import BranchCache, prefix_caches
 from ..model import VLM
-from .align import Lesson, aligning_loss, places
+from .align import Lesson, PatchAligner, aligning_loss, places
 from .stages import ALIGN, AuxiliaryTarget
 
 # logits made at once: 6 Mi values are 24 MB in float32.
@@ -146,7 +146,7 @@ def batch_loss(
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
     if lesson is not None:
-        layers = tuple(sorted({*layers, *vlm.aligner.layers}))
+        layers = tuple(sorted({*layers, *vlm["aligner"].layers}))
     visual = (
         None if views is None else visual_of(vlm, views, batch.cuts, projected, grad_checkpoint)
     )
@@ -164,9 +164,10 @@ def batch_loss(
         total = total + totals["loss"] * targets[name].weight * parts[name]
     if lesson is not None:
         # As transformers counts hidden states: the last of them is normed.
-        states = seen | {vlm.aligner.num_layers: hidden}
+        aligner: PatchAligner = vlm["aligner"]
+        states = seen | {aligner.num_layers: hidden}
         found = places(batch, vlm.config)
-        parts[ALIGN] = aligning_loss(vlm.aligner, states, found, lesson.features) / totals[ALIGN]
+        parts[ALIGN] = aligning_loss(aligner, states, found, lesson.features) / totals[ALIGN]
         total = total + totals["loss"] * lesson.weight * parts[ALIGN]
     return total, parts
 

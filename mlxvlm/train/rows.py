@@ -69,8 +69,9 @@ def gather_rows(
         )
         for s in sources
     ]
-    for source, shelf in zip(sources, shelves, strict=True) if teacher else ():
-        shelf.teacher = teacher.shelf(source, config.allow_urls)
+    if teacher:
+        for source, shelf in zip(sources, shelves, strict=True):
+            shelf.teacher = teacher.shelf(source, config.allow_urls)
     assert vlm.tokenizer is not None
     reading = Reading(
         vlm.tokenizer,
