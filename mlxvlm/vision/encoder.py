@@ -102,7 +102,11 @@ class Encoder:
         for picture in pictures:
             stop = start + len(picture.views)
             rows = [tokens[i] for i in range(start, stop)]
-            out.append(Features(rows, picture.grid, picture.size, picture.sha256))
+            features = Features(rows, picture.grid, picture.size, picture.sha256)
+            if self.tiling.varied:
+                shapes = (view.shape for view in views[start:stop])
+                features.grids = [grid_of(shape, self.config.patch_size) for shape in shapes]
+            out.append(features)
             start = stop
         return out
 
