@@ -20,7 +20,7 @@ from .config import TilingConfig
 from .dtypes import dtype_of
 from .errors import PromptError
 from .images.picture import Cut, Features
-from .images.slices import view_sizes
+from .images.tiling import view_sizes
 
 Grid = tuple[int, int]
 Views = mx.array | list[mx.array]
@@ -44,6 +44,13 @@ def joined(parts: Sequence[Views]) -> Views:
 def is_pixels(views: Views) -> bool:
     """Whether views are [H, W, 3] pixels, and not yet [tokens, width] features."""
     return views[0].ndim == 3
+
+
+def cut_grids(tiling: TilingConfig, cuts: Sequence[Cut]) -> list[Grid] | None:
+    """(rows, columns) of patches of each view of pictures cut so, as `project` takes them."""
+    if not tiling.varied or tiling.type == "whole":
+        return [] if tiling.varied else None
+    return view_grids(tiling, cuts)
 
 
 def view_grids(tiling: TilingConfig, cuts: Sequence[Cut]) -> list[Grid]:
@@ -70,9 +77,9 @@ def by_key(
 
 
 def feature_grids(tiling: TilingConfig, found: Sequence[Features]) -> list[Grid] | None:
-    """(rows, columns) of patches of each view of features; None where all views are of one size."""
-    if not tiling.varied:
-        return None
+    """(rows, columns) of patches of each view of features, as `project` takes them."""
+    if not tiling.varied or tiling.type == "whole":
+        return cut_grids(tiling, ())
     return [
         grid
         for one in found
@@ -81,8 +88,11 @@ def feature_grids(tiling: TilingConfig, found: Sequence[Features]) -> list[Grid]
 
 
 def project(projector: nn.Module, views: Views, grids: Sequence[Grid] | None) -> mx.array:
-    """[views, tokens, D] embeddings of views of (rows, columns) patches; None where all are of one
-    size."""
+    """[views, tokens, D] embeddings of views of (rows, columns) patches.
+
+    grids: None where all views are of one size; empty where they differ and the projector takes
+    each token by itself, which gives [1, tokens of all views, D].
+    """
     dtype = dtype_of(projector)
     if grids is None:
         if not isinstance(views, mx.array):
@@ -92,6 +102,13 @@ def project(projector: nn.Module, views: Views, grids: Sequence[Grid] | None) ->
                 "views are all of one size: they are another encoder's."
             )
         return projector(views.astype(dtype))
+    if not grids:
+        flat = list(views)
+
+        def alone(same: mx.array, places: list[int]) -> mx.array:
+            return projector(same.astype(dtype))
+
+        return mx.concatenate(by_key(flat, [len(view) for view in flat], alone))[None]
     found = [len(view) for view in views]
     if found != [h * w for h, w in grids]:
         raise PromptError(

@@ -5,6 +5,8 @@
                     is left out, and each row ends with `image_newline` (LLaVA-NeXT)
     minicpm         the overview, then the slices, with words of the vocabulary around each
     uhd             the slices, with words of the vocabulary between them, then the overview
+    rows            a class token, then rows of tokens, each with its end: a view's tokens as they
+                    come, whose number hangs on the picture's shape (EVE)
 
     whole  tile 1  tile 2        a b   A B | E F          a b c d  A B E F \\n  C D G H \\n
                                  c d   C D | G H    ->
@@ -61,7 +63,7 @@ def spelling(config: ModelConfig, cut: Cut) -> Spelling:
 
 def unbroken(config: ModelConfig, cut: Cut) -> list[int]:
     """Lengths of the runs of a picture's visual tokens that no other token may part."""
-    if config.prompt.merge != "spatial_unpad":
+    if config.prompt.merge not in ("spatial_unpad", "rows"):
         return [config.tokens_per_view] * cut.views
     return [visual_tokens(config, cut)]
 
@@ -135,6 +137,15 @@ def _count_flat(cut: Cut, tokens: int) -> int:
     return cut.views * tokens
 
 
+def _rows(cut: Cut, tokens: int) -> np.ndarray:
+    return np.arange(_count_rows(cut, tokens), dtype=np.int32)
+
+
+def _count_rows(cut: Cut, tokens: int) -> int:
+    rows, columns = cut.grid
+    return 1 + rows * (columns + 1)
+
+
 @lru_cache(1024)
 def _spatial_unpad(cut: Cut, tokens: int) -> np.ndarray:
     whole = np.arange(tokens, dtype=np.int32)
@@ -180,6 +191,7 @@ MERGES: dict[str, Merge] = {
     "spatial_unpad": Merge(_spatial_unpad, _count_spatial_unpad),
     "minicpm": Merge(_flat, _count_flat, _spell_minicpm),
     "uhd": Merge(_uhd, _count_flat, _spell_uhd),
+    "rows": Merge(_rows, _count_rows),
 }
 # Merges whose visual tokens stand as the views do.
-IN_ORDER = ("flat", "minicpm")
+IN_ORDER = ("flat", "minicpm", "rows")

@@ -35,6 +35,7 @@ from mlxvlm.weights import peft
 from mlxvlm.weights.elsewhere import Elsewhere
 from mlxvlm.weights.families import (
     clip,
+    eve,
     internvit,
     internvl,
     llava,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, llava_uhd, xtuner, internvl, minicpm)
+WHOLE = (native, llava, llava_next, llava_original, llava_uhd, xtuner, internvl, minicpm, eve)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -266,6 +267,9 @@ def encoder_configs(
                 # A tower of one grid takes others with its positions resized.
                 rule = config.positions if config.takes_any_grid else "bicubic"
                 config = dataclasses.replace(config, positions=rule)
+            if fields["type"] == "centred":
+                mean = tuple(int(255 * value) for value in config.image_mean)
+                fields.setdefault("background", mean)
         if "resize" in fields and "background" not in fields:
             tiles = tiles.resized(fields.pop("resize"), config.image_mean)
         tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")

@@ -57,10 +57,10 @@ def open_picture(
     """
     if isinstance(source, np.ndarray):
         if source.ndim in (2, 3):
-            _check_size((source.shape[1], source.shape[0]), max_pixels, "the array")
+            check_size((source.shape[1], source.shape[0]), max_pixels, "the array")
         return _with_pixel_digest(array_to_rgb(source))
     if isinstance(source, Image.Image):
-        _check_size(source.size, max_pixels, "the image")
+        check_size(source.size, max_pixels, "the image")
         return _with_pixel_digest(_decode(source, "the image", ours=False))
     if isinstance(source, bytes | bytearray | memoryview):
         return _open_bytes(bytes(source), "the picture in memory", max_pixels)
@@ -80,14 +80,14 @@ def open_picture(
         raise TypeError(
             f"a picture is a path, bytes, a PIL image or a NumPy array, not {type(source).__name__}"
         )
-    with _open_file(source) as file:
+    with open_file(source) as file:
         return _open_stream(file, _short(os.fspath(source)), max_pixels)
 
 
 def upright_size(source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of what `open_picture` gives, from the header where that is enough."""
     if isinstance(source, str | os.PathLike) and not (isinstance(source, str) and _scheme(source)):
-        with _open_file(source) as file:
+        with open_file(source) as file:
             found = _size_in_header(file, _short(os.fspath(source)), max_pixels)
     elif isinstance(source, bytes | bytearray | memoryview):
         with io.BytesIO(source) as file:
@@ -99,11 +99,12 @@ def upright_size(source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes, as `open_picture` gives it, without decoding."""
-    with _open_file(path) as file:
+    with open_file(path) as file:
         return _digest(file, _short(os.fspath(path)))
 
 
-def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file for reading, or a PictureError that says why not."""
     name = _short(os.fspath(path))
     try:
         mode = os.stat(path).st_mode
@@ -125,8 +126,8 @@ def _open_bytes(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, s
 
 
 def _open_stream(file: IO[bytes], name: str, max_pixels: int) -> tuple[Image.Image, str]:
-    image = _identify(file, name)
-    _check_size(image.size, _limit(image, max_pixels), name)
+    image = identify(file, name)
+    check_size(image.size, _limit(image, max_pixels), name)
     place = file.tell()
     digest = _digest(file, name)
     file.seek(place)
@@ -134,11 +135,11 @@ def _open_stream(file: IO[bytes], name: str, max_pixels: int) -> tuple[Image.Ima
 
 
 def _size_in_header(file: IO[bytes], name: str, max_pixels: int) -> tuple[int, int] | None:
-    image = _identify(file, name)
+    image = identify(file, name)
     if image.format not in WITH_SIZE:
         return None
     width, height = image.size
-    _check_size(image.size, _limit(image, max_pixels), name)
+    check_size(image.size, _limit(image, max_pixels), name)
     try:
         turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:  # as in `_decode`
@@ -160,7 +161,7 @@ def _with_pixel_digest(image: Image.Image) -> tuple[Image.Image, str]:
     return image, digest.hexdigest()
 
 
-def _identify(file: IO[bytes], name: str) -> Image.Image:
+def identify(file: IO[bytes], name: str) -> Image.Image:
     """Reads the header alone."""
     _hush_pillow()
     prefix = b""
@@ -240,7 +241,8 @@ def _too_large(name: str, error: Exception) -> PictureError:
     )
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Refuses a picture of no pixels, or of more than `max_pixels`."""
     width, height = size
     if width < 1 or height < 1:
         raise PictureError(f"{name} has no pixels: its size is {width} x {height}.")

@@ -29,12 +29,14 @@ class Picture:
     grid: (rows, columns) of tiles that the views came from.
     size: (width, height) of the picture before tiling, if known.
     sha256: hex digest of the picture's content (file bytes, or pixels), if known.
+    taught: in training with a teacher, the same picture as that one takes it.
     """
 
     views: list[np.ndarray]
     grid: tuple[int, int] = (1, 1)
     size: tuple[int, int] | None = None
     sha256: str | None = None
+    taught: Any = None
 
     @property
     def cut(self) -> Cut:

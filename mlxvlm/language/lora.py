@@ -43,6 +43,11 @@ def add_vision_lora(vision: Any, config: LoRAConfig) -> None:
     vision.freeze()
     tower = nn.Module()
     tower.layers = vision.encoder.layers[: vision.config.num_layers_used]
+    if not tower.layers:
+        raise ConfigError(
+            "this model's vision has no blocks to put adapters on: train it itself, as --train "
+            "vision."
+        )
     _convert(tower, tower.layers, -1, config)
 
 
