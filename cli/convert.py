@@ -52,13 +52,28 @@ def convert(
             help="What -q quantises: language, projector, vision, with commas. Default: language.",
         ),
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pixels a side of a view from here on: positions are interpolated."
+        ),
+    ] = None,
+    tiling: Annotated[
+        Literal["single", "dynamic", "cover", "cover-2x2"] | None,
+        typer.Option(help="How pictures are cut from here on, as build has it."),
+    ] = None,
+    view_marks: Annotated[
+        Literal["none", "separators", "index"] | None,
+        typer.Option(help="Texts between tiles from here on, as build has them."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
 ) -> None:
     """Write a model in mlxvlm's own layout, and quantise it with -q.
 
     Reads every layout that chat does: LLaVA's, transformers', mlx-community's, our own. Without -q
     and --dtype nothing is lost: logits stay the same bit for bit. Tower and projector stay as they
-    are unless --q-parts names them.
+    are unless --q-parts names them. --image-size, --tiling and --view-marks say how the model takes
+    pictures from here on: a later stage of training may want them finer than an earlier one.
     """
     given = {
         "--q-bits": q_bits,
@@ -75,6 +90,7 @@ def convert(
         raise UsageError(f"--q-parts (={q_parts}) may name {', '.join(PARTS)}, not {strange[0]!r}.")
 
     from mlxvlm.amount import amount
+    from mlxvlm.config import TILINGS
     from mlxvlm.language.quantise import Quantisation
     from mlxvlm.weights.convert import convert
 
@@ -85,6 +101,9 @@ def convert(
         dtype=dtype,
         quantisation=wanted if quantize else None,
         parts=parts,
+        image_size=image_size,
+        tiling=TILINGS[tiling] if tiling else None,
+        view_marks=view_marks,
         revision=revision,
         report=lambda download: typer.echo(str(download), err=True),
     )

@@ -36,19 +36,21 @@ class TilingConfig:
     """How a picture becomes views, as `images.tiling` does it.
 
     type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
-        picture's aspect ratio, as InternVL) or "anyres" (the whole, and a canvas of tiles with the
-        picture in its middle, as LLaVA-NeXT).
+        picture's aspect ratio, as InternVL), "anyres" (the whole, and a canvas of tiles with the
+        picture in its middle, as LLaVA-NeXT) or "cover" (a canvas that covers the picture, and the
+        whole behind it, of rows with fewer than three pictures, as MM1.5).
     image_size: side of a view in pixels.
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
-        Of several views, the whole and dynamic tiles are squashed.
+        Of several views, the whole and dynamic tiles are squashed; "cover" pads everything.
     resample: "bicubic" or "bilinear" (Pillow's antialiased filters).
     background: RGB of the padding, 0-255.
     min_tiles, max_tiles: of a grid; the pictures of one row share a dynamic grid's max_tiles.
-    use_thumbnail: whether the whole picture follows its dynamic tiles as one more view, if it has
-        several.
-    grids: (columns, rows) that "anyres" chooses from, the first of equals: LLaVA-NeXT's pinpoints
-        in tiles; empty means every grid of min_tiles to max_tiles, as LLaVA-1.5-HD.
+    use_thumbnail: whether the whole picture follows its tiles ("dynamic", "cover") as one more
+        view, if it has several.
+    grids: (columns, rows) that "anyres" and "cover" choose from, the first of equals: LLaVA-NeXT's
+        pinpoints in tiles, MM1.5's static 2x2; empty means every grid of min_tiles to max_tiles, as
+        LLaVA-1.5-HD and MM1.5's dynamic splitting.
     """
 
     type: str = "single"
@@ -63,7 +65,7 @@ class TilingConfig:
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres"))
+        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres", "cover"))
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
         if not 1 <= self.min_tiles <= self.max_tiles:
@@ -71,9 +73,10 @@ class TilingConfig:
                 f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
                 "must be at least 1, the first at most the second."
             )
-        if self.type != "single" and self.resize != "squash":
+        way = "pad" if self.type == "cover" else "squash"
+        if self.type != "single" and self.resize != way:
             raise ConfigError(
-                f"tiling.resize (={self.resize!r}) must be 'squash' for {self.type} tiles."
+                f"tiling.resize (={self.resize!r}) must be {way!r} for {self.type} tiles."
             )
         self._set_grids()
 
@@ -88,8 +91,10 @@ class TilingConfig:
                 f"tiling.grids (={self.grids!r}) must be pairs of whole numbers from 1 up, columns "
                 "and rows."
             )
-        if self.grids and self.type != "anyres":
-            raise ConfigError(f"tiling.grids belong to 'anyres' tiles, not to {self.type!r}.")
+        if self.grids and self.type not in ("anyres", "cover"):
+            raise ConfigError(
+                f"tiling.grids belong to 'anyres' and 'cover' tiles, not to {self.type!r}."
+            )
         if self.grids:
             tiles = [columns * rows for columns, rows in self.grids]
             self.min_tiles, self.max_tiles = min(tiles), max(tiles)
@@ -106,13 +111,14 @@ class TilingConfig:
             "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids"),
             "dynamic": ("resize", "background", "grids"),
             "anyres": ("resize", "use_thumbnail"),
+            "cover": ("resize",),
         }[self.type]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         return json.loads(json.dumps(fields))
 
 
-# Tilings by the names that `mlxvlm build` has for them: the fields of each. Whatever an encoder of
-# its own does to a picture, their views are squashed.
+# Tilings by the names that `mlxvlm build` has for them: the fields of each, which say how views
+# are resized whatever the encoder of its own does to a picture.
 TILINGS: dict[str, dict[str, Any]] = {
     "single": {"type": "single"},
     "dynamic": {"type": "dynamic", "resize": "squash"},
@@ -128,6 +134,9 @@ TILINGS: dict[str, dict[str, Any]] = {
         "background": (0, 0, 0),
         "max_tiles": 6,
     },
+    # MM1.5's two: 4 to 9 tiles in training (9 of 672 pixels are 4 million), and always four.
+    "cover": {"type": "cover", "resize": "pad", "min_tiles": 4, "max_tiles": 9},
+    "cover-2x2": {"type": "cover", "resize": "pad", "grids": ((2, 2),)},
 }
 
 
@@ -281,6 +290,11 @@ class ProjectorConfig:
                 f"for 'c_abstractor': {side**2} or {(side + 1) ** 2}."
             )
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether it has learned positions, one for each token of a view that `pool` leaves."""
+        return self.type == "c_abstractor" or self.num_positions > 0
+
 
 @dataclass
 class PromptConfig:
@@ -293,6 +307,10 @@ class PromptConfig:
     merge: "flat" (a picture's views one after the other) or "spatial_unpad" (the whole, then its
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
         LLaVA-NeXT), for "anyres" tiles.
+    view_marks: texts between a picture's views that say where each lies, as MM1.5 tried:
+        "separators" ("," between columns, a newline between rows, ":" before the whole), "index"
+        ("(k,i,j)" before each: the picture's number from 0, row and column from 1, 0 of the whole),
+        or "none"; for "dynamic" and "cover" tiles.
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -303,6 +321,7 @@ class PromptConfig:
     layout: str = "llama-3"
     image_placement: str = "turn"
     merge: str = "flat"
+    view_marks: str = "none"
     image_suffix: str = "\n"
     system: str = ""
     image_token_id: int = 128002
@@ -315,6 +334,7 @@ class PromptConfig:
         )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
         _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad"))
+        _one_of("prompt.view_marks", self.view_marks, ("none", "separators", "index"))
 
 
 @dataclass
@@ -344,6 +364,11 @@ class ModelConfig:
 
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
+        if self.prompt.view_marks != "none" and self.tiling.type not in ("dynamic", "cover"):
+            raise ConfigError(
+                f"prompt.view_marks {self.prompt.view_marks!r} stand between tiles of tiling.type "
+                f"'dynamic' or 'cover', not {self.tiling.type!r}."
+            )
 
     def _check_map(self) -> None:
         if self.tiling.type != "anyres":
@@ -376,6 +401,21 @@ class ModelConfig:
             self.tiling = self.tiling.resized(resize, self.vision.image_mean)
         if layout:
             self.prompt = dataclasses.replace(self.prompt, layout=layout)
+
+    def with_image_size(self, image_size: int) -> ModelConfig:
+        """The same with views of another size; a projector with positions has one a token."""
+        if image_size < self.vision.patch_size:
+            raise ConfigError(
+                f"vision.image_size (={image_size}) must be at least vision.patch_size "
+                f"(={self.vision.patch_size})."
+            )
+        vision = dataclasses.replace(self.vision, image_size=image_size)
+        projector = self.projector
+        if projector.num_positions:
+            tokens = pooled_tokens(vision, projector.pool)
+            projector = dataclasses.replace(projector, num_positions=tokens)
+        tiling = dataclasses.replace(self.tiling, image_size=image_size)
+        return dataclasses.replace(self, tiling=tiling, vision=vision, projector=projector)
 
     @property
     def tokens_per_view(self) -> int:

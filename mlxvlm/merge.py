@@ -25,6 +25,7 @@ import numpy as np
 from .config import ModelConfig
 from .errors import PromptError
 from .images.picture import Cut
+from .prompts.marks import Shown, marks
 
 # In an order: not a view's token, but `image_newline`.
 NEWLINE = -1
@@ -41,6 +42,15 @@ class Merge(NamedTuple):
 def visual_tokens(config: ModelConfig, cut: Cut) -> int:
     """Visual tokens that the language model sees for a picture."""
     return MERGES[config.prompt.merge].count(cut, config.tokens_per_view)
+
+
+def shown(config: ModelConfig, cuts: Sequence[Cut]) -> list[Shown]:
+    """What stands in a prompt for each of its pictures: visual tokens, and marks between them."""
+    style = config.prompt.view_marks
+    if style == "none":
+        return [visual_tokens(config, cut) for cut in cuts]
+    each = config.tokens_per_view
+    return [[(mark, each) for mark in marks(style, cut, number)] for number, cut in enumerate(cuts)]
 
 
 def unbroken(config: ModelConfig, cut: Cut) -> list[int]:

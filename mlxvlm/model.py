@@ -17,19 +17,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .config import ModelConfig
+from .config import ModelConfig, pooled_side
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
 from .language.load import build_language, language_width
-from .merge import merge_tokens, unbroken, visual_tokens
+from .merge import merge_tokens, shown, unbroken, visual_tokens
 from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
 from .vision.build import build_vision
 from .vision.encoder import Encoder
+from .vision.positions import carry
 
 if TYPE_CHECKING:
     from .language.tokenizer import Tokenizer
@@ -56,6 +57,23 @@ class VLM(nn.Module):
         )
         self.language = build_language(config.language)
         embedding(self.language)  # refuses, by name, a decoder that cannot be put together here
+
+    def resize_views(self, image_size: int) -> None:
+        """Views of `image_size` pixels a side from here on: learned positions of the tower, and of
+        the projector, are interpolated, as MM1.5's are from 378 to 672 pixels."""
+        old, config = self.config, self.config.with_image_size(image_size)
+        vision, sides = build_vision(config.vision), (old.vision.grid, config.vision.grid)
+        carry(self.vision, vision, sides)
+        newline = config.prompt.merge == "spatial_unpad"
+        width = language_width(config.language)
+        projector = build_projector(config.projector, config.vision, width, newline)
+        if config.projector.has_positions:
+            asker, pool = "a projector with positions", config.projector.pool
+            before, after = (pooled_side(c.vision, pool, asker) for c in (old, config))
+            sides = before, after
+        carry(self.projector, projector, sides)
+        self.config, self.vision, self.projector = config, vision, projector
+        mx.eval(self.vision.parameters(), self.projector.parameters())
 
     @property
     def encoder(self) -> Encoder:
@@ -106,7 +124,7 @@ class VLM(nn.Module):
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
-        counts = [visual_tokens(self.config, p.cut) for p in pictures]
+        counts = shown(self.config, [p.cut for p in pictures])
         prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
         prompt.pictures = pictures
         return prompt

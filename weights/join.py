@@ -12,10 +12,12 @@ import mlx.core as mx
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
 from mlxvlm.errors import ConfigError, UsageError, WeightsError
 from mlxvlm.prompts import render
+from mlxvlm.vision.build import build_vision
+from mlxvlm.vision.positions import carry
 from mlxvlm.weights.families import llama
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
-from mlxvlm.weights.load import WHOLE, encoder_configs, layout_for, open_encoder
+from mlxvlm.weights.load import WHOLE, Holder, encoder_configs, layout_for, open_encoder
 from mlxvlm.weights.save import quantization_of
 from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
 
@@ -42,6 +44,8 @@ def join(
     projector: ProjectorConfig | None = None,
     *,
     tiling: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    view_marks: str = "none",
     feature_layer: int | None = None,
     feature_norm: bool | None = None,
     layout: str | None = None,
@@ -55,8 +59,10 @@ def join(
 ) -> VLM:
     """An encoder and a language model, from folders or hub ids, and a fresh projector between.
 
-    tiling: fields that override the encoder's own. feature_layer, feature_norm: as in
-    `load_encoder`. layout: a prompt layout; by default the one that the tokenizer asks for.
+    tiling: fields that override the encoder's own. image_size: of a view in pixels, where it is not
+    the encoder's own: its positions are interpolated. view_marks: as in `PromptConfig`.
+    feature_layer, feature_norm: as in `load_encoder`. layout: a prompt layout; by default the one
+    that the tokenizer asks for.
     fresh_language: random weights, its config.json alone.
     dtype: what stored tensors become; fresh ones are float32, because they are about to be trained.
     seed: what the fresh weights are drawn from.
@@ -72,11 +78,15 @@ def join(
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
     merge = "spatial_unpad" if tiles.type == "anyres" else "flat"
+    stored = dataclasses.replace(tower, vision_use_head=False)
+    wide = dataclasses.replace(stored, image_size=image_size or stored.image_size)
     config = ModelConfig(
-        tiling=tiles,
-        vision=dataclasses.replace(tower, vision_use_head=False),
+        tiling=dataclasses.replace(tiles, image_size=wide.image_size),
+        vision=wide,
         projector=projector or ProjectorConfig(),
-        prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=merge),
+        prompt=PromptConfig(
+            layout=layout or layout_for(tokenizer), merge=merge, view_marks=view_marks
+        ),
         language=raw,
         about=about,
         refusal=refusal,
@@ -91,14 +101,17 @@ def join(
     try:
         vlm = VLM(config, tokenizer)
         mx.eval(vlm.projector.parameters())
+        seen = Holder(vision=build_vision(stored)) if wide != stored else vlm
         fill(
-            vlm,
+            seen,
             eyes,
             family.rename,
             prefixes=("vision.",),
             dtype=wanted,
             quantization=rename_quantization(stored_quantization(eyes.config), family.rename),
         )
+        if seen is not vlm:
+            carry(seen.vision, vlm.vision, (stored.grid, wide.grid))
         if fresh_language:
             mx.eval(vlm.language.parameters())
         else:

@@ -19,9 +19,10 @@ from ..attention import SHORT_QUERIES
 from ..config import ModelConfig
 from ..errors import DataError, VLMError
 from ..images.picture import Cut
-from ..merge import visual_tokens
+from ..merge import shown
 from ..prompts import Prompt, normalize_messages, render
 from ..prompts.layout import render_many
+from ..prompts.marks import Shown
 from .records import Record
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class Sample:
 
     __slots__ = (
         "_learnt",
-        "_slots",
+        "_runs",
+        "_spans",
         "_text",
         "cuts",
         "images",
@@ -90,21 +92,28 @@ class Sample:
         self.source, self.where, self.time = source, where, 1
         self.images, self.prefix, self.targets = images, prefix, targets or {}
         self.length, self.cuts = len(tokens), tuple(cuts)
-        self._slots = [(start, length, int(tokens[start])) for start, length in slots if length]
+        spans = [(start, length) for start, length in slots if length]
+        self._runs = [run for span in spans for run in _runs(tokens, *span)]
+        self._spans = spans if len(spans) < len(self._runs) else None
         kept = np.ones(len(tokens), np.bool_)
-        for start, length, _ in self._slots:
+        for start, length, _ in self._runs:
             kept[start : start + length] = False
         self._text, self._learnt = tokens[kept], supervised[kept]
 
     @property
     def tokens(self) -> np.ndarray:
         """int32 [length]"""
-        return self._whole(self._text, [token for *_, token in self._slots])
+        return self._whole(self._text, [token for *_, token in self._runs])
 
     @property
     def supervised(self) -> np.ndarray:
         """bool [length]; a visual token never is."""
-        return self._whole(self._learnt, [False] * len(self._slots))
+        return self._whole(self._learnt, [False] * len(self._runs))
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """(start, length) of each picture's tokens, marks between its views among them."""
+        return self._spans or [(start, length) for start, length, _ in self._runs]
 
     @property
     def num_supervised(self) -> int:
@@ -118,11 +127,6 @@ class Sample:
     def num_views(self) -> int:
         return sum(cut.views for cut in self.cuts)
 
-    @property
-    def slots(self) -> list[tuple[int, int]]:
-        """(start, length) of each picture's tokens."""
-        return [(start, length) for start, length, _ in self._slots]
-
     def again(self, time: int) -> Sample:
         """The same row once more in an epoch, for the `time`-th time; arrays are shared."""
         other = copy.copy(self)
@@ -135,12 +139,12 @@ class Sample:
             name: [(t.position, t.words.tolist(), t.masses.tolist()) for t in found]
             for name, found in self.targets.items()
         }
-        rest = repr((self._slots, self.images, self.prefix, targets, self.source)).encode()
+        rest = repr((self._runs, self.images, self.prefix, targets, self.source)).encode()
         return self._text.tobytes() + self._learnt.tobytes() + rest
 
     def _whole(self, text: np.ndarray, fills: Sequence[int]) -> np.ndarray:
         pieces, done, behind = [], 0, 0
-        for (start, length, _), fill in zip(self._slots, fills, strict=True):
+        for (start, length, _), fill in zip(self._runs, fills, strict=True):
             pieces += [text[done : start - behind], np.full(length, fill, text.dtype)]
             done, behind = start - behind, behind + length
         return np.concatenate([*pieces, text[done:]])
@@ -174,8 +178,7 @@ def prepare(
                 parts, images = normalize_messages(record.messages, record.images)
                 found = [cut_of(name, len(images)) for name in images]
                 cuts = [known.setdefault(cut, cut) for cut in found]
-                counts = [visual_tokens(config, cut) for cut in cuts]
-                rows.append(_Row(where, record, parts, list(images), cuts, counts))
+                rows.append(_Row(where, record, parts, list(images), cuts, shown(config, cuts)))
             except VLMError as error:
                 skipped.append(skip(where, error))
         for row, prompt in zip(rows, _render(rows, tokenizer, config), strict=True):
@@ -200,18 +203,18 @@ class _Row:
     parts: list[dict[str, Any]]
     images: list[str]
     cuts: list[Cut]
-    counts: list[int]
+    shown: list[Shown]
 
 
 def _render(rows: list[_Row], tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt | VLMError]:
     """All rows at once, on all cores; where one of them fails, one by one."""
     try:
-        return [*render_many([(r.parts, r.counts) for r in rows], tokenizer, config.prompt, False)]
+        return [*render_many([(r.parts, r.shown) for r in rows], tokenizer, config.prompt, False)]
     except VLMError:
         found: list[Prompt | VLMError] = []
         for row in rows:
             try:
-                found.append(render(row.parts, row.counts, tokenizer, config.prompt, False))
+                found.append(render(row.parts, row.shown, tokenizer, config.prompt, False))
             except VLMError as error:
                 found.append(error)
         return found
@@ -229,7 +232,7 @@ def _sample(
     if length > max_seq_length:
         raise DataError(
             f"{length} tokens are more than --max-seq-length {max_seq_length} "
-            f"({sum(row.counts)} of them visual).",
+            f"({_num_visual(prompt)} of them visual).",
             kind="too long",
         )
     # Nothing predicts the first token.
@@ -260,16 +263,35 @@ def _sample(
     )
 
 
+def _visual(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
+    """bool [length]: which tokens of a picture's slot are visual; the others mark its views."""
+    return tokens[start : start + length] == tokens[start]
+
+
+def _num_visual(prompt: Prompt) -> int:
+    return sum(int(_visual(prompt.tokens, *slot).sum()) for slot in prompt.slots)
+
+
+def _runs(tokens: np.ndarray, start: int, length: int) -> list[tuple[int, int, int]]:
+    """(start, length, token) of each stretch of visual tokens in a picture's slot."""
+    edges = np.flatnonzero(np.diff(_visual(tokens, start, length), prepend=False, append=False))
+    return [
+        (start + int(low), int(high - low), int(tokens[start]))
+        for low, high in edges.reshape(-1, 2)
+    ]
+
+
 def _target(raw: dict[str, Any], prompt: Prompt, words: _Words) -> Target:
     """A target names its place as (image, token) or as (turn, end), end being just past a word."""
     try:
         if "image" in raw:
             start, length = prompt.slots[raw["image"]]
-            if not 0 <= raw["token"] < length:
+            visual = start + np.flatnonzero(_visual(prompt.tokens, start, length))
+            if not 0 <= raw["token"] < len(visual):
                 raise DataError(
-                    f"target {raw} lies outside its picture's {length} tokens.", kind="target"
+                    f"target {raw} lies outside its picture's {len(visual)} tokens.", kind="target"
                 )
-            position = start + raw["token"]
+            position = int(visual[raw["token"]])
         else:
             last = raw["end"] - 1
             hits = np.flatnonzero(

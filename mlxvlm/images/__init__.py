@@ -7,6 +7,7 @@
     tiling.py      an RGB image -> the views that a `TilingConfig` asks for
     dynamic.py     InternVL's tiles
     anyres.py      LLaVA-NeXT's and LLaVA-1.5-HD's
+    cover.py       MM1.5's
     picture.py     `Picture`, `Features`, and how a picture is cut into views
 
 Nothing here touches MLX: worker threads may run all of it.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PromptConfig
 from ..errors import PromptError
+from .marks import Shown
 from .messages import DOCUMENT, check_turns
 from .pieces import Control, Piece, Prompt, Slot, Text, assemble
 
@@ -22,20 +23,21 @@ Message = dict[str, Any]
 
 def render(
     messages: Sequence[Message],
-    pictures_tokens: Sequence[int],
+    pictures_tokens: Sequence[Shown],
     tokenizer: Tokenizer,
     prompt: PromptConfig,
     add_generation_prompt: bool,
 ) -> Prompt:
     """Lays out messages in parts form (see `normalize_messages`) as `prompt` says.
 
-    pictures_tokens: how many visual tokens each picture has, in order of appearance.
+    pictures_tokens: how many visual tokens each picture has, in order of appearance; or, of one
+    with marks, each stretch of them with the text before it.
     """
     return render_many([(messages, pictures_tokens)], tokenizer, prompt, add_generation_prompt)[0]
 
 
 def render_many(
-    rows: Sequence[tuple[Sequence[Message], Sequence[int]]],
+    rows: Sequence[tuple[Sequence[Message], Sequence[Shown]]],
     tokenizer: Tokenizer,
     prompt: PromptConfig,
     add_generation_prompt: bool,
@@ -61,7 +63,7 @@ def render_many(
                 f"the messages have {slots} places for images, but {len(counts)} pictures came "
                 "with them: give one picture for each."
             )
-        laid.append((pieces, counts))
+        laid.append(_with_marks(pieces, counts))
     return assemble(laid, tokenizer, prompt.image_token_id)
 
 
@@ -125,6 +127,25 @@ def _layout(name: str) -> Callable[..., list[Piece]]:
         "chat_template": template.pieces,
     }
     return layouts[name]
+
+
+def _with_marks(pieces: list[Piece], shown: Sequence[Shown]) -> tuple[list[Piece], list[int]]:
+    """A slot for each stretch of visual tokens, the marks between them, and the slots' lengths."""
+    if all(isinstance(one, int) for one in shown):
+        return pieces, [one for one in shown if isinstance(one, int)]
+    out: list[Piece] = []
+    lengths: list[int] = []
+    waiting = iter(shown)
+    for piece in pieces:
+        if not isinstance(piece, Slot):
+            out.append(piece)
+            continue
+        one = next(waiting)
+        for number, (mark, length) in enumerate([("", one)] if isinstance(one, int) else one):
+            out += [Text(mark)] if mark else []
+            out.append(Slot(goes_on=number > 0))
+            lengths.append(length)
+    return out, lengths
 
 
 def _with_suffixes(pieces: list[Piece], suffix: str) -> list[Piece]:

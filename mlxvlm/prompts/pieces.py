@@ -35,7 +35,8 @@ class Prompt:
     turns: int32 [L]; which message a token of content belongs to, otherwise -1.
     chars: int32 [L, 2]; where in that message's text (its text parts concatenated, before any
         trimming) the token starts and ends, otherwise -1.
-    slots: (start, length) of each picture's tokens, in order.
+    slots: (start, length) of each picture's tokens, in order, marks between its views included: it
+        begins and ends with a visual token.
     """
 
     tokens: np.ndarray
@@ -71,7 +72,9 @@ class Text:
 
 @dataclass
 class Slot:
-    """The place of the next picture."""
+    """The place of the next picture; or, where it `goes_on`, of more views of the last one."""
+
+    goes_on: bool = False
 
 
 Piece = Control | Text | Slot
@@ -82,7 +85,8 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def assemble(
     rows: Sequence[tuple[Sequence[Piece], Sequence[int]]], tokenizer: Tokenizer, image_token_id: int
 ) -> list[Prompt]:
-    """Prompts of many (pieces, visual tokens of each slot), tokenised together."""
+    """Prompts of many (pieces, visual tokens of each slot), tokenised together. Of a picture with
+    marks between its views, each stretch of visual tokens is a slot."""
     laid = [_sections(pieces) for pieces, _ in rows]
     sections = [part for row in laid for part in row if isinstance(part, _Section)]
     # Headers and separators are the same in every row: each distinct text is encoded once.
@@ -145,7 +149,11 @@ def _assemble(
             column = _blank(section.id, 1, section.supervised)
         else:
             number = int(next(waiting))
-            slots.append((length, number))
+            if section.goes_on:
+                start, _ = slots[-1]
+                slots[-1] = (start, length + number - start)
+            else:
+                slots.append((length, number))
             column = _blank(image_token_id, number, False)
         columns.append(column)
         length += len(column[0])
