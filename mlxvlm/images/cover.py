@@ -38,20 +38,13 @@ def cut(
 ) -> tuple[list[np.ndarray], tuple[int, int]]:
     """RGB image -> its tiles row after row, the whole last: uint8 [image_size, image_size, 3] each;
     and the grid (rows, columns)."""
-    side, resample = tiling.image_size, tiling.resample
     grid = choose_grid(image.size, tiling, max_tiles)
     if grid in (None, (1, 1)):
-        return [preprocess.pad(image, side, resample, tiling.background)], (1, 1)
+        return _tiles(image, tiling, (1, 1)), (1, 1)
     columns, rows = grid
-    canvas = np.empty((rows * side, columns * side, 3), np.uint8)
-    canvas[:] = tiling.background
-    width, height = resized(image.size, grid, side)
-    left, top = (columns * side - width) // 2, (rows * side - height) // 2
-    inner = preprocess.stretch(image, width, height, resample)
-    canvas[top : top + height, left : left + width] = inner
-    views = preprocess.tiles(canvas, side)
+    views = _tiles(image, tiling, grid)
     if tiling.use_thumbnail:
-        views.append(preprocess.pad(image, side, resample, tiling.background))
+        views += _tiles(image, tiling, (1, 1))
     return views, (rows, columns)
 
 
@@ -93,6 +86,18 @@ def resized(size: Size, grid: tuple[int, int], side: int) -> Size:
         for length, tiles in zip(size, grid, strict=True)
     )
     return width, height
+
+
+def _tiles(image: Image.Image, tiling: TilingConfig, grid: tuple[int, int]) -> list[np.ndarray]:
+    """Of a canvas of (columns, rows) with the picture in its middle."""
+    side, (columns, rows) = tiling.image_size, grid
+    canvas = np.empty((rows * side, columns * side, 3), np.uint8)
+    canvas[:] = tiling.background
+    width, height = resized(image.size, grid, side)
+    left, top = (columns * side - width) // 2, (rows * side - height) // 2
+    inner = preprocess.stretch(image, width, height, tiling.resample)
+    canvas[top : top + height, left : left + width] = inner
+    return preprocess.tiles(canvas, side)
 
 
 def _scale(size: Size, grid: tuple[int, int], side: int) -> Fraction:
