@@ -19,7 +19,7 @@ OWN_FLAGS = {
 }
 # Flags that not every tiling has, and those that do.
 TILING_FLAGS = {
-    "max_tiles": ("--max-tiles", ("dynamic", "anyres-hd", "cover")),
+    "max_tiles": ("--max-tiles", ("dynamic", "anyres-hd", "slices", "slices-uhd", "cover")),
     "min_tiles": ("--min-tiles", ("dynamic", "anyres-hd", "cover")),
     "use_thumbnail": ("--thumbnail and --no-thumbnail", ("dynamic", "cover", "cover-2x2")),
     "grids": ("--grids", ("anyres",)),
@@ -84,10 +84,14 @@ def build(
         typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
     ] = None,
     tiling: Annotated[
-        Literal["single", "dynamic", "anyres", "anyres-hd", "cover", "cover-2x2"] | None,
+        Literal[
+            "single", "dynamic", "anyres", "anyres-hd", "slices", "slices-uhd", "cover", "cover-2x2"
+        ]
+        | None,
         typer.Option(
             help="dynamic: InternVL's tiles. anyres: LLaVA-NeXT's, anyres-hd: LLaVA-1.5-HD's. "
-            "cover: MM1.5's, cover-2x2: its static four. Default: the encoder's own, one view."
+            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, for a resampler. cover: MM1.5's, "
+            "cover-2x2: its static four. Default: the encoder's own, one view."
         ),
     ] = None,
     image_size: Annotated[
@@ -103,7 +107,7 @@ def build(
         typer.Option(
             min=1,
             help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd; "
-            "9 of cover.",
+            "9 slices, 7 of slices-uhd; 9 of cover.",
         ),
     ] = None,
     min_tiles: Annotated[
@@ -222,7 +226,7 @@ def build(
     tiles, views = vlm.config.tiling, ""
     if tiles.type != "single":
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
-        more = ", and the whole" if tiles.type in ("anyres", "cover") and more else more
+        more = ", and the whole" if tiles.type in ("anyres", "slices", "cover") and more else more
         least, most = tiles.min_tiles, tiles.max_tiles
         number = f"{least} to {most}" if least < most else str(most)
         views = f", {number} tiles a picture{more}"

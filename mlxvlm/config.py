@@ -23,6 +23,12 @@ FORMAT_VERSION = 1
 POOLS = {"none": 1, "mean2": 2, "concat2": 2, "concat2_columns": 2, "concat3": 3}
 # Vision towers whose first token stands for the whole view.
 CLASS_TOKENS = ("clip_vision_model", "internvl_vision")
+# Projectors that take views of any grid, and give the same number of tokens for each.
+TAKE_GRIDS = ("resampler",)
+# Vision towers that may take views of any height and width.
+TAKE_ANY_GRID = ("siglip_vision_model", "clip_vision_model")
+# What a tower does with its table of learned positions; views of any grid go with the last two.
+POSITIONS = ("fixed", "buckets", "bicubic")
 # Projectors that give so many tokens a view, whatever the encoder gives them.
 NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96}
 
@@ -37,9 +43,12 @@ class TilingConfig:
 
     type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
         picture's aspect ratio, as InternVL), "anyres" (the whole, and a canvas of tiles with the
-        picture in its middle, as LLaVA-NeXT) or "cover" (a canvas that covers the picture, and the
-        whole behind it, of rows with fewer than three pictures, as MM1.5).
-    image_size: side of a view in pixels.
+        picture in its middle, as LLaVA-NeXT), "slices" (an overview and a grid of slices, in the
+        shapes that they have, as MiniCPM-V and LLaVA-UHD) or "cover" (a canvas that covers the
+        picture, and the whole behind it, of rows with fewer than three pictures, as MM1.5).
+    image_size: side of a view in pixels; of slices, the square root of about their pixels.
+    patch_size: what the sides of slices are multiples of, in pixels.
+    rounding: how slices come to such sides: "nearest" (MiniCPM-V) or "down" (LLaVA-UHD).
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
         Of several views, the whole and dynamic tiles are squashed; "cover" pads everything.
@@ -62,12 +71,15 @@ class TilingConfig:
     max_tiles: int = 12
     use_thumbnail: bool = True
     grids: tuple[tuple[int, int], ...] = ()
+    patch_size: int = 14
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres", "cover"))
+        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres", "slices", "cover"))
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
+        _one_of("tiling.rounding", self.rounding, ("nearest", "down"))
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ConfigError(
                 f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
@@ -99,6 +111,11 @@ class TilingConfig:
             tiles = [columns * rows for columns, rows in self.grids]
             self.min_tiles, self.max_tiles = min(tiles), max(tiles)
 
+    @property
+    def varied(self) -> bool:
+        """Whether views differ in height and width."""
+        return self.type == "slices"
+
     def resized(self, resize: str, image_mean: tuple[float, ...]) -> TilingConfig:
         """The same with another `resize`; a padded canvas has the encoder's mean colour."""
         background = tuple(int(255 * value) for value in image_mean[:3])
@@ -107,11 +124,13 @@ class TilingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that views depend on, as plain JSON values."""
+        of_slices = ("patch_size", "rounding")
         unused = {
-            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids"),
-            "dynamic": ("resize", "background", "grids"),
-            "anyres": ("resize", "use_thumbnail"),
-            "cover": ("resize",),
+            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids", *of_slices),
+            "dynamic": ("resize", "background", "grids", *of_slices),
+            "anyres": ("resize", "use_thumbnail", *of_slices),
+            "slices": ("resize", "background", "min_tiles", "use_thumbnail", "grids"),
+            "cover": ("resize", *of_slices),
         }[self.type]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         return json.loads(json.dumps(fields))
@@ -134,6 +153,8 @@ TILINGS: dict[str, dict[str, Any]] = {
         "background": (0, 0, 0),
         "max_tiles": 6,
     },
+    "slices": {"type": "slices", "resize": "squash", "max_tiles": 9},
+    "slices-uhd": {"type": "slices", "resize": "squash", "max_tiles": 7, "rounding": "down"},
     # MM1.5's two: 4 to 9 tiles in training (9 of 672 pixels are 4 million), and always four.
     "cover": {"type": "cover", "resize": "pad", "min_tiles": 4, "max_tiles": 9},
     "cover-2x2": {"type": "cover", "resize": "pad", "grids": ((2, 2),)},
@@ -150,6 +171,11 @@ class VisionConfig:
     vision_feature_select_strategy: "full" (every token) or "default" (drop the first: CLIP's class
         token, and on SigLIP, as transformers does, a patch).
     vision_use_head: whether the checkpoint carries SigLIP's attention-pooling head.
+    positions: how views get learned positions: "fixed" (all are image_size squares, a position for
+        each patch), or views of any grid, from a square table: "buckets" (a patch has the entry at
+        its share of the height and width, as NaViT and Idefics2) or "bicubic" (the table is resized
+        to the view's grid, as LLaVA-UHD).
+    position_grid: side of that table, in patches; 0 means that of image_size.
     norm_type, attention_bias, use_qk_norm: InternViT's "layer_norm" or "rms_norm", biases of
         queries, keys and values, and whether queries and keys are normed over their full width.
     image_mean, image_std: the encoder normalises uint8 views as (x / 255 - mean) / std.
@@ -169,6 +195,8 @@ class VisionConfig:
     vision_feature_norm: bool = True
     vision_feature_select_strategy: str = "full"
     vision_use_head: bool = False
+    positions: str = "fixed"
+    position_grid: int = 0
     norm_type: str = "layer_norm"
     attention_bias: bool = True
     use_qk_norm: bool = False
@@ -184,6 +212,17 @@ class VisionConfig:
             ("siglip_vision_model", "clip_vision_model", "internvl_vision"),
         )
         _one_of("vision.norm_type", self.norm_type, ("layer_norm", "rms_norm"))
+        _one_of("vision.positions", self.positions, POSITIONS)
+        if self.position_grid not in (0, self.grid) and not self.takes_any_grid:
+            raise ConfigError(
+                f"vision.position_grid (={self.position_grid}) must be {self.grid}, the grid of a "
+                "view, or vision.positions must be 'buckets' or 'bicubic'."
+            )
+        if self.takes_any_grid and self.model_type not in TAKE_ANY_GRID:
+            raise ConfigError(
+                f"vision.positions (={self.positions!r}) must be 'fixed' for {self.model_type}: "
+                f"only {' and '.join(TAKE_ANY_GRID)} take views of any grid."
+            )
         _one_of(
             "vision.vision_feature_select_strategy",
             self.vision_feature_select_strategy,
@@ -207,10 +246,20 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def table_grid(self) -> int:
+        """Side of the square table of learned positions, in patches."""
+        return self.position_grid or self.grid
+
+    @property
     def num_layers_used(self) -> int:
         """How many blocks run before the feature layer is reached."""
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
+
+    @property
+    def takes_any_grid(self) -> bool:
+        """Whether views may be of any height and width, and not image_size squares alone."""
+        return self.positions != "fixed"
 
     @property
     def has_class_token(self) -> bool:
@@ -362,6 +411,13 @@ class ModelConfig:
                 f"vision.image_size (={self.vision.image_size}): the encoder has a fixed grid."
             )
 
+        check_slices(self.tiling, self.vision, self.projector.pool)
+        if self.varied and self.projector.type not in TAKE_GRIDS:
+            raise ConfigError(
+                "tiling.type 'slices' gives views of many shapes, which projector.type "
+                f"{self.projector.type!r} cannot take: choose {' or '.join(TAKE_GRIDS)}, whose "
+                "queries look at any grid of patches."
+            )
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
         if self.prompt.view_marks != "none" and self.tiling.type not in ("dynamic", "cover"):
@@ -416,6 +472,11 @@ class ModelConfig:
             projector = dataclasses.replace(projector, num_positions=tokens)
         tiling = dataclasses.replace(self.tiling, image_size=image_size)
         return dataclasses.replace(self, tiling=tiling, vision=vision, projector=projector)
+
+    @property
+    def varied(self) -> bool:
+        """Whether views differ in height and width, and so in what the encoder gives of them."""
+        return self.tiling.varied
 
     @property
     def tokens_per_view(self) -> int:
@@ -493,6 +554,32 @@ ADAPTER_LEAVES = ("lora_a", "lora_b", "m")
 def is_adapter(name: str) -> bool:
     """Whether a parameter is an adapter's own, and no part of the model that it is put on."""
     return name.rsplit(".", 1)[-1] in ADAPTER_LEAVES
+
+
+def check_slices(tiling: TilingConfig, vision: VisionConfig, pool: str) -> None:
+    """ConfigError where views of many shapes meet what takes one shape only."""
+    if not tiling.varied:
+        return
+    if not vision.takes_any_grid:
+        raise ConfigError(
+            "tiling.type 'slices' gives views of many shapes, and the vision tower's grid is "
+            "fixed: vision.positions must be 'buckets' or 'bicubic'."
+        )
+    if tiling.patch_size != vision.patch_size:
+        raise ConfigError(
+            f"tiling.patch_size (={tiling.patch_size}) must equal vision.patch_size "
+            f"(={vision.patch_size}): slices are cut in whole patches."
+        )
+    if pool != "none":
+        raise ConfigError(
+            f"pool (={pool!r}) needs views with one square grid of tokens, and tiling.type "
+            "'slices' gives many grids: choose 'none'."
+        )
+    if vision.num_tokens != vision.grid**2:
+        raise ConfigError(
+            "tiling.type 'slices' needs every patch of a view and nothing else: set "
+            "vision.vision_feature_select_strategy to 'default' for CLIP, 'full' for SigLIP."
+        )
 
 
 def pooled_tokens(vision: VisionConfig, pool: str) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from .config import ModelConfig, pooled_side
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
+from .grids import Views, batched, project
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
@@ -29,8 +30,8 @@ from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
 from .vision.build import build_vision
+from .vision.carry import carry
 from .vision.encoder import Encoder
-from .vision.positions import carry
 
 if TYPE_CHECKING:
     from .language.tokenizer import Tokenizer
@@ -62,11 +63,15 @@ class VLM(nn.Module):
         """Views of `image_size` pixels a side from here on: learned positions of the tower, and of
         the projector, are interpolated, as MM1.5's are from 378 to 672 pixels."""
         old, config = self.config, self.config.with_image_size(image_size)
-        vision, sides = build_vision(config.vision), (old.vision.grid, config.vision.grid)
+        vision, sides = (
+            build_vision(config.vision),
+            (old.vision.table_grid, config.vision.table_grid),
+        )
         carry(self.vision, vision, sides)
         newline = config.prompt.merge == "spatial_unpad"
         width = language_width(config.language)
         projector = build_projector(config.projector, config.vision, width, newline)
+        sides = (0, 0)
         if config.projector.has_positions:
             asker, pool = "a projector with positions", config.projector.pool
             before, after = (pooled_side(c.vision, pool, asker) for c in (old, config))
@@ -136,20 +141,22 @@ class VLM(nn.Module):
         parts = []
         for done, same in groupby(features, key=lambda found: found.projected):
             group = list(same)
-            views = mx.stack([mx.array(view) for found in group for view in found.views])
+            views = batched([mx.array(view) for found in group for view in found.views])
             cuts = [found.cut for found in group]
-            if done:
+            if done and isinstance(views, mx.array):
                 parts.append(self.merge(views.astype(dtype_of(self.projector)), cuts))
             else:
                 parts.append(self.project_views(views, cuts))
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def project_views(self, views: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
-        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings.
+    def project_views(self, views: Views, cuts: Sequence[Cut] = ()) -> mx.array:
+        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings; a list of
+        [tokens, width] where views differ in size.
 
-        cuts: how the pictures are cut, which `prompt.merge` "flat" need not know.
+        cuts: how the pictures are cut, which `prompt.merge` "flat" of views of one size need not
+        know.
         """
-        return self.merge(self.projector(views.astype(dtype_of(self.projector))), cuts)
+        return self.merge(project(self.projector, self.config, views, cuts), cuts)
 
     def merge(self, projected: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
         """[views, tokens_per_view, D] of pictures to [visual tokens, D]; cuts: as above."""

@@ -13,7 +13,7 @@ from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
 from mlxvlm.errors import ConfigError, UsageError, WeightsError
 from mlxvlm.prompts import render
 from mlxvlm.vision.build import build_vision
-from mlxvlm.vision.positions import carry
+from mlxvlm.vision.carry import carry
 from mlxvlm.weights.families import llama
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
@@ -111,7 +111,7 @@ def join(
             quantization=rename_quantization(stored_quantization(eyes.config), family.rename),
         )
         if seen is not vlm:
-            carry(seen.vision, vlm.vision, (stored.grid, wide.grid))
+            carry(seen.vision, vlm.vision, (stored.table_grid, wide.table_grid))
         if fresh_language:
             mx.eval(vlm.language.parameters())
         else:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.config import ModelConfig, TilingConfig, VisionConfig, read_dataclass, read_json
+from mlxvlm.config import (
+    TAKE_ANY_GRID,
+    ModelConfig,
+    TilingConfig,
+    VisionConfig,
+    read_dataclass,
+    read_json,
+)
 from mlxvlm.errors import ConfigError, PromptError
 from mlxvlm.projected import ProjectedEncoder
 from mlxvlm.projectors.build import build_projector
@@ -229,6 +236,12 @@ def encoder_configs(
         tiles = tiling
     elif tiling:
         tiles = retiled(tiles, tiling, config.image_mean)
+        if "type" in tiling:
+            tiles.patch_size = config.patch_size
+            if tiling["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+                # A tower of one grid takes others with its positions resized.
+                rule = config.positions if config.takes_any_grid else "bicubic"
+                config = dataclasses.replace(config, positions=rule)
     if feature_layer is not None:
         config = dataclasses.replace(config, vision_feature_layer=feature_layer)
         last = config.num_layers_used == config.num_hidden_layers

@@ -14,7 +14,8 @@ from tiny_vlm import tiny_config, tiny_vlm
 from mlxvlm.config import ProjectorConfig
 from mlxvlm.errors import ConfigError
 from mlxvlm.model import VLM
-from mlxvlm.vision.positions import bicubic, resize_table
+from mlxvlm.vision.carry import resize_table
+from mlxvlm.vision.positions import bicubic
 
 
 def keys(d: float) -> float:
@@ -42,7 +43,7 @@ def test_a_table_is_interpolated_bicubically(old, new):
     found = np.array(resize_table(mx.array(table), old, new))
     assert (found[0] == table[0]).all()  # the class token's
     np.testing.assert_allclose(found[1:].reshape(new, new, 3), wanted, atol=1e-5)
-    np.testing.assert_allclose(bicubic(old, new).sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(bicubic(old, new).sum(1), 1, atol=1e-6)
 
 
 def test_the_same_size_changes_nothing():
