@@ -63,11 +63,8 @@ class VLM(nn.Module):
         """Views of `image_size` pixels a side from here on: learned positions of the tower, and of
         the projector, are interpolated, as MM1.5's are from 378 to 672 pixels."""
         old, config = self.config, self.config.with_image_size(image_size)
-        vision, sides = (
-            build_vision(config.vision),
-            (old.vision.table_grid, config.vision.table_grid),
-        )
-        carry(self.vision, vision, sides)
+        vision = build_vision(config.vision)
+        carry(self.vision, vision, (old.vision.table_grid, config.vision.table_grid))
         newline = config.prompt.merge == "spatial_unpad"
         width = language_width(config.language)
         projector = build_projector(config.projector, config.vision, width, newline)

@@ -18,12 +18,12 @@ from mlxvlm.weights.save import quantization_of, save
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.toml"))
-STAGES = {"qlora": "lora", "sft-projector": "sft"}
+STAGES = {"qlora": "lora", "sft-projector": "sft", "continual": "sft"}
 
 
 def test_there_are_all_that_the_readme_names():
     named = re.findall(r"^\| `([\w.-]+)` \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted({path.parent.name for path in RECIPES}) and len(RECIPES) == 11
+    assert sorted(named) == sorted({path.parent.name for path in RECIPES}) and len(RECIPES) == 14
 
 
 def llava() -> VLM:

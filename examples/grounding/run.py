@@ -1,4 +1,4 @@
-"""Everything from nothing: pictures, tower, language model, build, cache, train, evaluate.
+"""Everything but the tower from nothing: pictures, language model, build, cache, train, evaluate.
 
 python -m examples.grounding.run --out runs/grounding           # some minutes of one core
 python -m examples.grounding.run --out /tmp/toy --tiny          # toy length: that it runs
@@ -16,7 +16,8 @@ from examples.shapes.run import run
 from examples.shapes.tokenizer import build
 
 RECIPE = Path(__file__).resolve().parent / "recipe.toml"
-STAGES = ("draw", "tower", "build", "cache", "train", "evaluate")
+DEMO = Path(__file__).resolve().parents[2] / "weights" / "demo"
+STAGES = ("draw", "build", "cache", "train", "evaluate")
 # Four blocks of the drawn world's small Llama.
 SIZES = {
     "hidden_size": 96,
@@ -29,15 +30,13 @@ SIZES = {
 
 def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
     """What each stage runs, as arguments of `python -m`."""
-    data, tower, base, cache = out / "data", out / "tower", out / "base", out / "cache"
+    data, base, cache = out / "data", out / "base", out / "cache"
     found: dict[str, list[str | Path]] = {
         "draw": ["examples.grounding.scenes", "--out", data],
-        "tower": ["examples.grounding.tower", "--out", tower],
-        "build": ["mlxvlm", "build", "--vision", tower, "--language", out / "language"]
-        + ["--feature-layer", "-1", "--feature-norm", "--image-size", "48"]
+        "build": ["mlxvlm", "build", "--vision", DEMO, "--language", out / "language"]
         + ["--tiling", "cover-2x2", "--view-marks", "separators"]
         + ["--projector", "c_abstractor", "--num-query-tokens", "16"]
-        + ["--projector-width", "64", "--projector-layers", "1", "--layout", "llama-3"]
+        + ["--projector-width", "96", "--projector-layers", "1", "--layout", "llama-3"]
         + ["--out", base],
         "cache": ["mlxvlm", "cache-embeddings", data / "images", "--model", base]
         + ["--out", cache, "--codec", "fp16"],
@@ -47,7 +46,6 @@ def commands(out: Path, tiny: bool) -> dict[str, list[str]]:
     }
     if tiny:
         found["draw"] += ["--pictures", "8"]
-        found["tower"] += ["--steps", "2", "--batch-size", "4"]
         found["train"] += ["--iters", "2", "--batch-size", "2"]
         found["evaluate"] += ["--pictures", "2"]
     return {stage: [str(part) for part in parts] for stage, parts in found.items()}

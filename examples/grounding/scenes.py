@@ -27,7 +27,8 @@ from examples.shapes.world import COLORS, PAPERS, SHAPES, SIZE, Box, Scene, Thin
 
 # Words that the questions have and the drawn world's vocabulary lacks.
 WORDS = ("Where", "Box", "Point", "What", "it", "to", "at", "in", "is", "the")
-RADII = (8.0, 17.0)
+RADII = (8.0, 13.0)
+TIMES = 2  # as large as the drawn world's pictures: a tile is as large as one of those
 HELD_OUT = 1_000_000  # seeds from here on are never trained on
 TILES = 2  # a side of the static grid
 CELLS = 4  # a side of a view's visual tokens
@@ -52,8 +53,8 @@ def make(seed: int) -> Scene:
 
 
 def picture(scene: Scene) -> Image.Image:
-    """96 x 96 pixels."""
-    return draw(scene)
+    """192 x 192 pixels: four tiles of 96."""
+    return draw(scene, TIMES)
 
 
 def name(thing: Thing) -> str:
@@ -101,7 +102,7 @@ def rows(scene: Scene, image: str) -> list[dict[str, Any]]:
             turns.append({"role": "assistant", "content": answer})
             marks: dict[str, Any] = {"align": [] if found else shown}  # once: its rows share it
             if (end := question.find(thing.shape) + len(thing.shape)) >= len(thing.shape):
-                at = {str(v): 0.25 for v in corners(thing)}
+                at = {str(v): 1.0 for v in corners(thing)}
                 marks["ground"] = [{"turn": 0, "end": end, "words": at}]
             found.append({"image": image, "messages": turns, "targets": marks})
     return found
@@ -117,15 +118,21 @@ def visible(scene: Scene) -> list[dict[str, float]]:
         for row in range(CELLS):
             for column in range(CELLS):
                 x, y = left + column * step, top + row * step
-                out.append(_words(scene, (x, y, x + step, y + step)))
+                out.append(_words(scene, (x, y, x + step, y + step), side == SIZE))
     return out
 
 
-def _words(scene: Scene, cell: Box) -> dict[str, float]:
+def _words(scene: Scene, cell: Box, whole: bool) -> dict[str, float]:
+    """Colour and shape; of the whole, where a cell's place is known, the edges as well."""
     area = (cell[2] - cell[0]) * (cell[3] - cell[1])
     shares = [(_meeting(box(thing), cell) / area, thing) for thing in scene.things]
     share, thing = max(shares, key=lambda pair: pair[0])
-    return {thing.color: 1.0, thing.shape: 1.0} if share > 0.2 else {}
+    if share < 0.2:
+        return {}
+    words = {thing.color: 1.0, thing.shape: 1.0}
+    for edge in corners(thing) if whole else ():
+        words[str(edge)] = words.get(str(edge), 0.0) + 0.5
+    return words
 
 
 def _meeting(a: Box, b: Box) -> float:
@@ -144,7 +151,7 @@ def iou(a: Box, b: Box) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--pictures", type=int, default=900)
     args = parser.parse_args()
     images = args.out / "images"
     images.mkdir(parents=True, exist_ok=True)
