@@ -35,7 +35,8 @@ def measure(vlm: Any, count: int, start: int = HELD_OUT) -> dict[str, float]:
     """Of `count` held-out pictures, the first thing of each: mean IoU of its box, the share of 0.5
     and more, of points within the box, and of names right at a point and in a box."""
     things = [(seed, make(seed).things[0]) for seed in range(start, start + count)]
-    said = [ask(vlm, [(*one, which) for one in things]) for which in range(4)]
+    every = ask(vlm, [(*one, which) for one in things for which in range(4)])
+    said = [every[which::4] for which in range(4)]
     wanted = [corners(thing) for _, thing in things]
     overlaps = [overlap(text, box) for text, box in zip(said[0], wanted, strict=True)]
     names = [name(thing) for _, thing in things]
