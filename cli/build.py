@@ -11,9 +11,12 @@ from mlxvlm.errors import UsageError
 
 # Flags that not every projector has, and those that do.
 OWN_FLAGS = {
-    "num_query_tokens": ("--num-query-tokens", ("c_abstractor", "resampler")),
+    "num_query_tokens": (
+        "--num-query-tokens",
+        ("c_abstractor", "resampler", "spatial_resampler"),
+    ),
     "num_layers": ("--projector-layers", ("attention", "c_abstractor")),
-    "num_attention_heads": ("--projector-heads", ("attention", "resampler")),
+    "num_attention_heads": ("--projector-heads", ("attention", "resampler", "spatial_resampler")),
     "num_positions": ("--num-positions", ("attention",)),
     "layer_norm": ("--projector-norm", ("mlp",)),
 }
@@ -37,10 +40,11 @@ def build(
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
     projector: Annotated[
-        Literal["attention", "mlp", "c_abstractor", "resampler"],
+        Literal["attention", "mlp", "c_abstractor", "resampler", "spatial_resampler"],
         typer.Option(
             help="Self-attention blocks; LLaVA's two linear layers; Honeybee's convolutions around "
-            "a pooling, as in MM1.5; or MiniCPM-V's queries, which look at every patch."
+            "a pooling, as in MM1.5; MiniCPM-V's queries, which look at every patch; or "
+            "LLaVA-UHD's, which look at their own part of the view."
         ),
     ] = "attention",
     pool: Annotated[
@@ -50,7 +54,9 @@ def build(
     num_query_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Visual tokens a view: c_abstractor's (a square) or resampler's. [144, 96]"
+            min=1,
+            help="Visual tokens a view: of c_abstractor or spatial_resampler (a square), or of "
+            "resampler. [144, 144, 96]",
         ),
     ] = None,
     projector_width: Annotated[
@@ -65,7 +71,7 @@ def build(
     projector_heads: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Heads of attention's blocks, or of resampler. [0: width / 64, / 128]"
+            min=0, help="Heads of attention's blocks, or of resamplers. [0: width / 64, / 128]"
         ),
     ] = None,
     projector_norm: Annotated[
@@ -210,7 +216,7 @@ def build(
         ProjectorConfig(type=projector, pool=pool, hidden_size=projector_width, **given),
         tiling=fields,
         image_size=image_size,
-        view_marks=view_marks or "none",
+        view_marks=view_marks or "",
         feature_layer=feature_layer,
         feature_norm=feature_norm,
         layout=layout,

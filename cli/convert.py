@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mlxvlm.cli.parts import Language, Resize, Vision
 from mlxvlm.errors import UsageError
 
 PARTS = ("language", "projector", "vision")
@@ -67,13 +68,17 @@ def convert(
         typer.Option(help="Texts between tiles from here on, as build has them."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    language: Language = None,
+    vision: Vision = None,
+    resize: Resize = None,
 ) -> None:
     """Write a model in mlxvlm's own layout, and quantise it with -q.
 
-    Reads every layout that chat does: LLaVA's, transformers', mlx-community's, our own. Without -q
-    and --dtype nothing is lost: logits stay the same bit for bit. Tower and projector stay as they
-    are unless --q-parts names them. --image-size, --tiling and --view-marks say how the model takes
-    pictures from here on: a later stage of training may want them finer than an earlier one.
+    Reads every layout that chat does: LLaVA's, XTuner's, transformers', mlx-community's, our own;
+    of LLaVA's and XTuner's exports the adapters are merged. Without -q and --dtype nothing is lost:
+    logits stay the same bit for bit. Tower and projector stay as they are unless --q-parts names
+    them. --image-size, --tiling and --view-marks say how the model takes pictures from here on: a
+    later stage of training may want them finer than an earlier one.
     """
     given = {
         "--q-bits": q_bits,
@@ -105,6 +110,9 @@ def convert(
         tiling=TILINGS[tiling] if tiling else None,
         view_marks=view_marks,
         revision=revision,
+        language=language,
+        vision=vision,
+        resize=resize or "",
         report=lambda download: typer.echo(str(download), err=True),
     )
     typer.echo(f"Saved {out}: {amount(done.bytes)}, {done.bits_per_weight:.2f} bits a weight.")

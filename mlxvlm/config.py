@@ -24,13 +24,25 @@ POOLS = {"none": 1, "mean2": 2, "concat2": 2, "concat2_columns": 2, "concat3": 3
 # Vision towers whose first token stands for the whole view.
 CLASS_TOKENS = ("clip_vision_model", "internvl_vision")
 # Projectors that take views of any grid, and give the same number of tokens for each.
-TAKE_GRIDS = ("resampler",)
+TAKE_GRIDS = ("resampler", "spatial_resampler")
 # Vision towers that may take views of any height and width.
 TAKE_ANY_GRID = ("siglip_vision_model", "clip_vision_model")
 # What a tower does with its table of learned positions; views of any grid go with the last two.
 POSITIONS = ("fixed", "buckets", "bicubic")
 # Projectors that give so many tokens a view, whatever the encoder gives them.
-NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96}
+NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96, "spatial_resampler": 144}
+# Of these, those whose tokens are a square of them.
+SQUARE = ("c_abstractor", "spatial_resampler")
+PROJECTORS = ("attention", "mlp", *NUM_QUERY_TOKENS)
+# Merges, and the tilings that each lays out; none: all of them.
+LAYS_OUT: dict[str, tuple[str, ...]] = {
+    "flat": (),
+    "spatial_unpad": ("anyres",),
+    "minicpm": ("slices",),
+    "uhd": ("slices",),
+    "separators": ("dynamic", "cover"),
+    "index": ("dynamic", "cover"),
+}
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -279,10 +291,11 @@ class ProjectorConfig:
 
     type: "attention" (Linear -> width, `num_layers` pre-norm self-attention blocks within a view,
         norm, Linear -> language width), "mlp" (LLaVA's Linear, GELU, Linear), "c_abstractor"
-        (Honeybee's and MM1's: residual convolutions around an adaptive average pooling) or
-        "resampler" (Qwen-VL's and MiniCPM-V's: learned queries look at every patch).
+        (Honeybee's and MM1's: residual convolutions around an adaptive average pooling),
+        "resampler" (Qwen-VL's and MiniCPM-V's: learned queries look at every patch) or
+        "spatial_resampler" (LLaVA-UHD's: each looks at its own part of the view).
     hidden_size: the blocks' width; 0 means the encoder's, but the language model's for mlp and
-        resampler, and Honeybee's 1024 for c_abstractor.
+        the resamplers, and Honeybee's 1024 for c_abstractor.
     num_layers: self-attention blocks, or residual ones on each side of the abstractor's pooling;
         0 means 2 of the first, 3 of the second.
     num_attention_heads: 0 means hidden_size / 64, and / 128 for a resampler, which keeps Metal's
@@ -293,8 +306,8 @@ class ProjectorConfig:
         concat2, column after column); it comes first. InternVL's pixel unshuffle is concat2 in its
         second version, concat2_columns in its first.
     layer_norm: whether mlp begins with a LayerNorm over what `pool` gives, as InternVL's.
-    num_query_tokens: what c_abstractor (a square number) and resampler give for a view; 0 means 144
-        and 96. The others give what `pool` leaves.
+    num_query_tokens: what c_abstractor and spatial_resampler (a square number) and resampler give
+        for a view; 0 means 144, and 96 of the last. The others give what `pool` leaves.
     num_positions: size of attention's learned position table after the first Linear; 0 means none,
         because SigLIP's and CLIP's features know their places already.
     hidden_act: of attention, mlp and c_abstractor; empty means "silu" for the last, else "gelu".
@@ -315,7 +328,7 @@ class ProjectorConfig:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("projector.type", self.type, ("attention", "mlp", "c_abstractor", "resampler"))
+        _one_of("projector.type", self.type, PROJECTORS)
         _one_of("projector.pool", self.pool, tuple(POOLS))
         if self.layer_norm and self.type != "mlp":
             raise ConfigError(f"projector.layer_norm belongs to 'mlp', not to {self.type!r}.")
@@ -332,11 +345,16 @@ class ProjectorConfig:
             raise ConfigError(
                 f"projector.num_query_tokens (={self.num_query_tokens}) must be at least 1."
             )
-        if convolves and math.isqrt(self.num_query_tokens) ** 2 != self.num_query_tokens:
-            side = math.isqrt(self.num_query_tokens)
+        side = math.isqrt(self.num_query_tokens)
+        if self.type in SQUARE and side**2 != self.num_query_tokens:
             raise ConfigError(
                 f"projector.num_query_tokens (={self.num_query_tokens}) must be a square number "
-                f"for 'c_abstractor': {side**2} or {(side + 1) ** 2}."
+                f"for {self.type!r}: {side**2} or {(side + 1) ** 2}."
+            )
+        if self.type == "spatial_resampler" and self.pool != "none":
+            raise ConfigError(
+                f"projector.pool (={self.pool!r}) must be 'none' for 'spatial_resampler', whose "
+                "queries pool the patches themselves."
             )
 
     @property
@@ -353,13 +371,14 @@ class PromptConfig:
         tokenizer's own template).
     image_placement: "turn" (a picture stands where its user turn names it) or "sequence" (all
         pictures stand before the first token of text, as the Llama3-V blog has it).
-    merge: "flat" (a picture's views one after the other) or "spatial_unpad" (the whole, then its
+    merge: "flat" (a picture's views one after the other), "spatial_unpad" (the whole, then its
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
-        LLaVA-NeXT), for "anyres" tiles.
-    view_marks: texts between a picture's views that say where each lies, as MM1.5 tried:
-        "separators" ("," between columns, a newline between rows, ":" before the whole), "index"
-        ("(k,i,j)" before each: the picture's number from 0, row and column from 1, 0 of the whole),
-        or "none"; for "dynamic" and "cover" tiles.
+        LLaVA-NeXT, for "anyres" tiles), or for "slices" "minicpm" (the overview, then the slices
+        in rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the
+        slices with commas between and newlines behind rows, then the overview: LLaVA-UHD), or for
+        "dynamic" and "cover" tiles as "flat" with MM1.5's position indicators: "separators" (","
+        between columns, a newline between rows, ":" before the whole) or "index" ("(k,i,j)" before
+        each view: the picture's number from 0, row and column from 1, both 0 of the whole).
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -370,7 +389,6 @@ class PromptConfig:
     layout: str = "llama-3"
     image_placement: str = "turn"
     merge: str = "flat"
-    view_marks: str = "none"
     image_suffix: str = "\n"
     system: str = ""
     image_token_id: int = 128002
@@ -382,8 +400,7 @@ class PromptConfig:
             ("llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", "chat_template"),
         )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
-        _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad"))
-        _one_of("prompt.view_marks", self.view_marks, ("none", "separators", "index"))
+        _one_of("prompt.merge", self.merge, tuple(LAYS_OUT))
 
 
 @dataclass
@@ -418,25 +435,21 @@ class ModelConfig:
                 f"{self.projector.type!r} cannot take: choose {' or '.join(TAKE_GRIDS)}, whose "
                 "queries look at any grid of patches."
             )
+        kinds = LAYS_OUT[self.prompt.merge]
+        if kinds and self.tiling.type not in kinds:
+            raise ConfigError(
+                f"prompt.merge {self.prompt.merge!r} lays out tiling.type "
+                f"{' or '.join(map(repr, kinds))}, not {self.tiling.type!r}."
+            )
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
-        if self.prompt.view_marks != "none" and self.tiling.type not in ("dynamic", "cover"):
-            raise ConfigError(
-                f"prompt.view_marks {self.prompt.view_marks!r} stand between tiles of tiling.type "
-                f"'dynamic' or 'cover', not {self.tiling.type!r}."
-            )
 
     def _check_map(self) -> None:
-        if self.tiling.type != "anyres":
-            raise ConfigError(
-                "prompt.merge 'spatial_unpad' lays out tiling.type 'anyres', not "
-                f"{self.tiling.type!r}."
-            )
-        if self.projector.type == "resampler":
+        if self.projector.type in TAKE_GRIDS:
             raise ConfigError(
                 "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad'), and "
-                "projector.type 'resampler' gives queries, which are none: choose 'c_abstractor' "
-                "for few tokens, or 'dynamic' tiles, which go with any projector."
+                f"projector.type {self.projector.type!r} gives queries, which are none: choose "
+                "'c_abstractor' for few tokens, or 'dynamic' tiles, which go with any projector."
             )
         if self.projector.pool == "concat2_columns":
             raise ConfigError(

@@ -25,7 +25,7 @@ from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
 from .language.load import build_language, language_width
-from .merge import merge_tokens, shown, unbroken, visual_tokens
+from .merge import merge_tokens, spelling, unbroken, visual_tokens
 from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
@@ -126,7 +126,7 @@ class VLM(nn.Module):
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
-        counts = shown(self.config, [p.cut for p in pictures])
+        counts = [spelling(self.config, p.cut, at) for at, p in enumerate(pictures)]
         prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
         prompt.pictures = pictures
         return prompt

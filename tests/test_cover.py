@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_mm15 import mm15_config
 from tiny_vlm import tiny_config
 
 from mlxvlm.config import TILINGS, ModelConfig, PromptConfig, TilingConfig
@@ -16,7 +17,7 @@ from mlxvlm.errors import ConfigError
 from mlxvlm.images.cover import choose_grid, resized
 from mlxvlm.images.picture import Cut
 from mlxvlm.images.tiling import plan_cut, tile, tiles_each
-from mlxvlm.prompts.marks import marks
+from mlxvlm.merge import spelling
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 
@@ -140,18 +141,22 @@ def test_an_encoder_is_known_by_what_its_views_depend_on():
         assert {k for k in other if other[k] != usual[k]} == {f"tiling.{name}"}
 
 
-def test_marks():
+def test_words_between_views():
     four, six, alone = Cut(5, (2, 2)), Cut(6, (2, 3)), Cut(1)
-    assert marks("separators", four, 0) == ["", ",", "\n", ",", ":"]
-    assert marks("separators", six, 1) == ["", ",", ",", "\n", ",", ","]
-    assert marks("separators", alone, 0) == [""]
-    index = ["(1,1,1)", "(1,1,2)", "(1,2,1)", "(1,2,2)", "(1,0,0)"]
-    assert marks("index", four, 1) == index
-    assert marks("index", alone, 2) == ["(2,0,0)"]
+
+    def laid(merge: str, cut: Cut, number: int = 0) -> tuple[int | str, ...]:
+        return spelling(mm15_config(merge=merge), cut, number)
+
+    assert laid("separators", four) == (4, ",", 4, "\n", 4, ",", 4, ":", 4)
+    assert laid("separators", six) == (4, ",", 4, ",", 4, "\n", 4, ",", 4, ",", 4)  # no whole
+    assert laid("separators", alone) == (4,)
+    places = ("(1,1,1)", "(1,1,2)", "(1,2,1)", "(1,2,2)", "(1,0,0)")
+    assert laid("index", four, 1) == tuple(part for place in places for part in (place, 4))
+    assert laid("index", alone, 2) == ("(2,0,0)", 4)
 
 
 def test_what_makes_no_model():
     with pytest.raises(ConfigError, match=r"must be 'pad' for cover tiles"):
         TilingConfig("cover", resize="squash")
-    with pytest.raises(ConfigError, match="view_marks 'index' stand between tiles"):
-        ModelConfig(prompt=PromptConfig(view_marks="index"))
+    with pytest.raises(ConfigError, match="'index' lays out tiling.type 'dynamic' or 'cover'"):
+        ModelConfig(prompt=PromptConfig(merge="index"))

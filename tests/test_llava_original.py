@@ -65,6 +65,7 @@ def original(folder: Path, tower: str = "inside", **changes: Any) -> Path:
         theirs = rename(vision, "vision_tower.", "vision_model.")
         whole = {"model_type": "siglip", "vision_config": config["vision_config"]}
         theirs["text_model.final_layer_norm.weight"] = mx.ones((3,))
+        theirs |= {"logit_scale": mx.ones((1,)), "logit_bias": mx.ones((1,))}
         write(apart, whole, theirs, preprocessor_config=processor)
     return write(folder / "model", {k: v for k, v in raw.items() if v is not None}, rest)
 
@@ -171,3 +172,35 @@ def test_conversations_are_the_language_models(tmp_path: Path) -> None:
         mlxvlm.load(original(tmp_path / "l", model_type="llava")).config
         == mlxvlm.load(original(tmp_path / "ll")).config
     )
+
+
+def nan(tensors: dict[str, mx.array]) -> None:
+    tensors["model.mm_projector.2.bias"] = mx.full((32,), mx.nan)
+
+
+def short(tensors: dict[str, mx.array]) -> None:
+    tensors["model.mm_projector.2.bias"] = mx.zeros((31,))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda t: t.pop("model.mm_projector.0.weight"), "missing: projector.linear_1.weight"),
+        (lambda t: t.update(stray=mx.zeros((1,))), "unexpected: (vision.)?stray"),
+        (short, r"projector.linear_2.bias is \[31\] and should be \[32\]"),
+        (nan, "with NaN or infinite values: projector.linear_2.bias"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, harm: Any, told: str) -> None:
+    folder = original(tmp_path)
+    _, tensors = read(folder)
+    mx.eval(tensors)
+    harm(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    with pytest.raises(WeightsError, match=told):
+        mlxvlm.load(folder)
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model_type is 'llava_mpt', not one of"):
+        mlxvlm.load(original(tmp_path / "a", model_type="llava_mpt"))

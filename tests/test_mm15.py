@@ -86,7 +86,7 @@ def test_a_model_is_built_by_plain_flags(place):
     assert raw["vision"]["image_size"] == raw["tiling"]["image_size"] == 48
     assert raw["tiling"]["type"] == "cover" and raw["tiling"]["grids"] == [[2, 2]]
     assert raw["tiling"]["resize"] == "pad" and raw["tiling"]["background"] == [122, 116, 104]
-    assert raw["prompt"]["view_marks"] == "index"
+    assert raw["prompt"]["merge"] == "index"
     vlm = mlxvlm.load(place / "model")
     table = vlm.vision.embeddings.position_embedding.weight
     stored = mm15().vision.embeddings.position_embedding.weight
@@ -119,7 +119,7 @@ def test_a_later_stage_may_see_finer(place, tmp_path):
     wanted.resize_views(48)
     assert all(mx.array_equal(value, flat(then)[name]) for name, value in flat(wanted).items())
     assert then.config == wanted.config and first.config == mm15().config
-    assert last.config.tiling.max_tiles == 9 and last.config.prompt.view_marks == "none"
+    assert last.config.tiling.max_tiles == 9 and last.config.prompt.merge == "flat"
     assert last.look([picture(0)])[0].cut.views == 5
     single = tmp_path / "d"
     command("convert", "-m", tmp_path / "b", "--out", single, "--tiling", "single")
@@ -127,7 +127,7 @@ def test_a_later_stage_may_see_finer(place, tmp_path):
 
 
 def test_saving_and_loading_is_lossless(tmp_path):
-    vlm = mm15(tiling="cover", view_marks="index")
+    vlm = mm15(tiling="cover", merge="index")
     save(vlm, tmp_path)
     again = mlxvlm.load(tmp_path)
     assert again.config == vlm.config and flat(again).keys() == flat(vlm).keys()
@@ -139,17 +139,17 @@ def test_where_views_stand_in_a_prompt():
     head = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     tail = "\nWhat?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     for style, marked in {
-        "none": f"<{5 * TOKENS}>",
+        "flat": f"<{5 * TOKENS}>",
         "separators": "<4>,<4>\n<4>,<4>:<4>",
         "index": "(0,1,1)<4>(0,1,2)<4>(0,2,1)<4>(0,2,2)<4>(0,0,0)<4>",
     }.items():
-        vlm = mm15(view_marks=style)
+        vlm = mm15(merge=style)
         prompt = vlm.tokenize(question, [picture(0)])
         assert show(vlm, prompt.tokens) == head + marked + tail
         ((start, length),) = prompt.slots
         assert prompt.tokens[start] == prompt.tokens[start + length - 1] == IMAGE
         assert not prompt.supervised.any() and (prompt.turns[start : start + length] == -1).all()
-        if style == "none":
+        if style == "flat":
             continue
         # Marks are text, and heard.
         inside = prompt.tokens[start : start + length]
@@ -157,7 +157,7 @@ def test_where_views_stand_in_a_prompt():
         other[start + int(np.flatnonzero(inside != IMAGE)[0])] = ord("x")
         seen, heard = (vlm(t[None], prompt.pictures)[0, -1] for t in (prompt.tokens, other))
         assert not mx.allclose(seen, heard, atol=1e-4)
-    vlm = mm15(view_marks="index")
+    vlm = mm15(merge="index")
     three = vlm.tokenize(question, [picture(n) for n in range(3)])
     assert show(vlm, three.tokens) == head + "(0,0,0)<4>\n(1,0,0)<4>\n(2,0,0)<4>" + tail
     two = vlm.tokenize(question, [picture(0), picture(1)])
@@ -187,7 +187,7 @@ def test_chat_about_several_pictures():
 
 def test_examples_in_context_are_earlier_turns():
     """Few-shot: each example's picture stands in its turn, and all of them matter."""
-    vlm = mm15(view_marks="index")
+    vlm = mm15(merge="index")
 
     def shots(*seeds: int) -> tuple[list[dict], list]:
         messages: list[dict] = []

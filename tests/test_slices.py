@@ -14,7 +14,7 @@ from tiny_vlm import tiny_config
 from mlxvlm.config import TilingConfig
 from mlxvlm.errors import ConfigError
 from mlxvlm.images.picture import Cut
-from mlxvlm.images.slices import best_size, choose_grid, slice_size
+from mlxvlm.images.slices import best_size, choose_grid, slice_size, view_sizes
 from mlxvlm.images.tiling import plan_cut, tile, tiles_each
 
 MINICPM = TilingConfig("slices", 448, max_tiles=9)
@@ -36,6 +36,29 @@ TABLE = {
 TOKENS = (96, 96, 288, 480, 384, 960, 864, 864, 480, 288)
 
 
+UHD = TilingConfig("slices", 336, max_tiles=7, rounding="down")
+# LLaVA-UHD's, where known: overview, grid, one slice.
+UHD_TABLE = {
+    (336, 336): ((336, 336), None, None),
+    (300, 200): ((406, 266), None, None),
+    (640, 480): ((378, 280), (2, 2), (378, 280)),
+    (672, 1088): ((252, 420), (2, 3), (322, 336)),
+    (1088, 672): (None, (3, 2), None),
+    (1000, 300): (None, (3, 1), (350, 308)),
+    (1920, 1080): (None, (3, 2), (364, 308)),
+}
+
+
+@pytest.mark.parametrize("size", UHD_TABLE)
+def test_llava_uhd_has_these_slices(size):
+    overview, grid, one = UHD_TABLE[size]
+    assert choose_grid(size, UHD) == grid
+    found = view_sizes(tile(Image.new("RGB", size), UHD).cut, UHD)
+    assert overview in (None, found[0])
+    assert len(found) == (1 if grid is None else 1 + grid[0] * grid[1])
+    assert one in (None, found[-1])
+
+
 @pytest.mark.parametrize("size", TABLE)
 def test_minicpm_has_these_slices(size):
     overview, grid, whole, one, views = TABLE[size]
@@ -54,19 +77,27 @@ sides = st.one_of(st.integers(1, 3000), st.integers(1, 24))
 
 
 @settings(max_examples=60, deadline=None)
-@given(sides, sides, st.integers(1, 12), st.none() | st.integers(1, 12))
-@example(1, 1, 9, None)
-@example(20000, 20, 9, None)
-@example(20, 20000, 9, None)
-@example(20000, 20, 9, 1)
-@example(2999, 3000, 2, None)
-def test_slices_are_all_of_the_picture_and_within_limits(width, height, most, row):
-    tiling = TilingConfig("slices", 32, max_tiles=most, patch_size=4)
+@given(
+    sides,
+    sides,
+    st.integers(1, 12),
+    st.none() | st.integers(1, 12),
+    st.sampled_from(["nearest", "down"]),
+)
+@example(1, 1, 9, None, "nearest")
+@example(20000, 20, 9, None, "nearest")
+@example(20000, 20, 7, None, "down")
+@example(20, 20000, 9, None, "nearest")
+@example(20000, 20, 9, 1, "nearest")
+@example(2999, 3000, 2, None, "down")
+def test_slices_are_all_of_the_picture_and_within_limits(width, height, most, row, rounding):
+    tiling = TilingConfig("slices", 32, max_tiles=most, patch_size=4, rounding=rounding)
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     found = tile(image, tiling, row)
     assert found.cut == plan_cut(image, tiling, row)
     for view in found.views:
         assert view.dtype == np.uint8 and all(side and side % 4 == 0 for side in view.shape[:2])
+    assert [view.shape[1::-1] for view in found.views] == view_sizes(found.cut, tiling)
     rows, columns = found.grid
     if len(found.views) == 1:
         assert found.grid == (1, 1) and (width * height <= 32**2 or min(most, row or most) == 1)

@@ -15,7 +15,7 @@ from mlxvlm.model import VLM
 SIDE, TOKENS = 32, 4
 
 
-def mm15_config(tiling: str = "cover-2x2", view_marks: str = "separators") -> ModelConfig:
+def mm15_config(tiling: str = "cover-2x2", merge: str = "separators") -> ModelConfig:
     config = tiny_config(
         tiling=TilingConfig(image_size=SIDE, **TILINGS[tiling]),
         vision=VisionConfig(
@@ -35,7 +35,7 @@ def mm15_config(tiling: str = "cover-2x2", view_marks: str = "separators") -> Mo
             type="c_abstractor", hidden_size=24, num_layers=1, num_query_tokens=TOKENS
         ),
     )
-    config.prompt.view_marks = view_marks
+    config.prompt.merge = merge
     return config
 
 

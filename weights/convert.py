@@ -66,6 +66,9 @@ def convert(
     tiling: dict[str, Any] | None = None,
     view_marks: str | None = None,
     revision: str | None = None,
+    language: str | None = None,
+    vision: str | None = None,
+    resize: str = "",
     report: Callable[[Download], Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
@@ -75,7 +78,7 @@ def convert(
     quantisation: how the layers of `parts` (language, projector, vision) are quantised; None: not.
     image_size, tiling, view_marks: how the model takes pictures from here on, as its next stage of
     training may want it: pixels a side of a view (positions are interpolated), fields of another
-    tiling, marks between views.
+    tiling, marks between views as in `join`, or "none". language, vision, resize: as in `load`.
     Memory holds what is written and the tensor at hand, so a model may be larger than it.
     """
     from mlxvlm.model import VLM
@@ -84,7 +87,10 @@ def convert(
     out = check_out(out, source)
     folder = resolve(source, revision, report)
     refuse_adapters(folder)
-    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
+    family, checkpoint, config, tokenizer = open_whole(
+        folder, report=report, language=language, vision=vision
+    )
+    config.override(resize)
     if quantisation is not None and (block := config.quantization) is not None:
         raise ConfigError(
             f"{folder} is quantised already ({block['bits']} bits, groups of "
@@ -122,16 +128,18 @@ def _looking(
     """The same model with pictures cut and marked otherwise."""
     tiles, prompt = config.tiling, config.prompt
     if tiling:
-        if prompt.merge != "flat" or tiling.get("type") == "anyres":
+        if tiles.type in ("anyres", "slices") or tiling.get("type") in ("anyres", "slices"):
             raise ConfigError(
-                "any-resolution tiles are laid out as one map, with a learned `image_newline`: a "
-                "model comes with them or without, and no tiling is put in their place."
+                "'anyres' tiles have a learned `image_newline`, 'slices' a tower and a projector "
+                "for any shape: a model comes with them or without, and no other tiling is put in "
+                "their place."
             )
         tiles = retiled(tiles, tiling, config.vision.image_mean)
         if tiles.type == "single":
-            prompt = dataclasses.replace(prompt, view_marks="none")
+            prompt = dataclasses.replace(prompt, merge="flat")
     if view_marks is not None:
-        prompt = dataclasses.replace(prompt, view_marks=view_marks)
+        merge = "flat" if view_marks == "none" else view_marks
+        prompt = dataclasses.replace(prompt, merge=merge)
     return dataclasses.replace(config, tiling=tiles, prompt=prompt)
 
 

@@ -45,7 +45,7 @@ def join(
     *,
     tiling: dict[str, Any] | None = None,
     image_size: int | None = None,
-    view_marks: str = "none",
+    view_marks: str = "",
     feature_layer: int | None = None,
     feature_norm: bool | None = None,
     layout: str | None = None,
@@ -60,7 +60,8 @@ def join(
     """An encoder and a language model, from folders or hub ids, and a fresh projector between.
 
     tiling: fields that override the encoder's own. image_size: of a view in pixels, where it is not
-    the encoder's own: its positions are interpolated. view_marks: as in `PromptConfig`.
+    the encoder's own: its positions are interpolated. view_marks: "separators" or "index", as
+    `PromptConfig.merge` has them.
     feature_layer, feature_norm: as in `load_encoder`. layout: a prompt layout; by default the one
     that the tokenizer asks for.
     fresh_language: random weights, its config.json alone.
@@ -77,16 +78,15 @@ def join(
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
-    merge = "spatial_unpad" if tiles.type == "anyres" else "flat"
+    # Any vocabulary has the comma and the newline between LLaVA-UHD's slices.
+    merge = {"anyres": "spatial_unpad", "slices": "uhd"}.get(tiles.type, "flat")
     stored = dataclasses.replace(tower, vision_use_head=False)
     wide = dataclasses.replace(stored, image_size=image_size or stored.image_size)
     config = ModelConfig(
         tiling=dataclasses.replace(tiles, image_size=wide.image_size),
         vision=wide,
         projector=projector or ProjectorConfig(),
-        prompt=PromptConfig(
-            layout=layout or layout_for(tokenizer), merge=merge, view_marks=view_marks
-        ),
+        prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=view_marks or merge),
         language=raw,
         about=about,
         refusal=refusal,

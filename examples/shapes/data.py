@@ -41,7 +41,7 @@ from examples.shapes.world import (
 SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
 BOXES = 5  # of a picture that is described
-BOXES_BESIDE = 3  # of the questions about another
+BOXES_BESIDE = 4  # of the questions about another
 NOTHING = 0.05  # of the pictures show nothing, besides the world's own
 SHORT = 0.08  # of the single questions want one word
 LOOSE = 0.3  # of the questions come as people put them

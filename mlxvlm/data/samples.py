@@ -19,10 +19,10 @@ from ..attention import SHORT_QUERIES
 from ..config import ModelConfig
 from ..errors import DataError, VLMError
 from ..images.picture import Cut
-from ..merge import shown
+from ..merge import spelling
 from ..prompts import Prompt, normalize_messages, render
 from ..prompts.layout import render_many
-from ..prompts.marks import Shown
+from ..prompts.pieces import Spelling
 from .records import Record
 
 if TYPE_CHECKING:
@@ -59,13 +59,14 @@ class Sample:
     second time.
 
     The visual tokens of `slots`, (start, length) each, are kept as those numbers alone: of 600,000
-    rows with 729 visual tokens each that leaves 0.6 GB in memory, instead of 2.7.
+    rows with 729 visual tokens each that leaves 0.6 GB in memory, instead of 2.7. Where other
+    tokens stand among a picture's, its slot is several runs.
     """
 
     __slots__ = (
         "_learnt",
         "_runs",
-        "_spans",
+        "_slots",
         "_text",
         "cuts",
         "images",
@@ -92,9 +93,10 @@ class Sample:
         self.source, self.where, self.time = source, where, 1
         self.images, self.prefix, self.targets = images, prefix, targets or {}
         self.length, self.cuts = len(tokens), tuple(cuts)
-        spans = [(start, length) for start, length in slots if length]
-        self._runs = [run for span in spans for run in _runs(tokens, *span)]
-        self._spans = spans if len(spans) < len(self._runs) else None
+        self._slots = [(start, length, int(tokens[start])) for start, length in slots if length]
+        self._runs = [run for slot in self._slots for run in _runs(tokens, *slot)]
+        if self._runs == self._slots:
+            self._runs = self._slots
         kept = np.ones(len(tokens), np.bool_)
         for start, length, _ in self._runs:
             kept[start : start + length] = False
@@ -111,11 +113,6 @@ class Sample:
         return self._whole(self._learnt, [False] * len(self._runs))
 
     @property
-    def slots(self) -> list[tuple[int, int]]:
-        """(start, length) of each picture's tokens, marks between its views among them."""
-        return self._spans or [(start, length) for start, length, _ in self._runs]
-
-    @property
     def num_supervised(self) -> int:
         return int(self._learnt.sum())
 
@@ -126,6 +123,11 @@ class Sample:
     @property
     def num_views(self) -> int:
         return sum(cut.views for cut in self.cuts)
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """(start, length) of each picture, as `Prompt.slots`."""
+        return [(start, length) for start, length, _ in self._slots]
 
     def again(self, time: int) -> Sample:
         """The same row once more in an epoch, for the `time`-th time; arrays are shared."""
@@ -139,7 +141,7 @@ class Sample:
             name: [(t.position, t.words.tolist(), t.masses.tolist()) for t in found]
             for name, found in self.targets.items()
         }
-        rest = repr((self._runs, self.images, self.prefix, targets, self.source)).encode()
+        rest = repr((self._slots, self.images, self.prefix, targets, self.source)).encode()
         return self._text.tobytes() + self._learnt.tobytes() + rest
 
     def _whole(self, text: np.ndarray, fills: Sequence[int]) -> np.ndarray:
@@ -148,6 +150,13 @@ class Sample:
             pieces += [text[done : start - behind], np.full(length, fill, text.dtype)]
             done, behind = start - behind, behind + length
         return np.concatenate([*pieces, text[done:]])
+
+
+def _runs(tokens: np.ndarray, start: int, length: int, image: int) -> list[tuple[int, int, int]]:
+    """(start, length, token) of each unbroken run of visual tokens of a picture."""
+    visual = np.pad(tokens[start : start + length] == image, 1)
+    edges = (np.flatnonzero(np.diff(visual)) + start).tolist()
+    return [(a, b - a, image) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def prepare(
@@ -178,7 +187,8 @@ def prepare(
                 parts, images = normalize_messages(record.messages, record.images)
                 found = [cut_of(name, len(images)) for name in images]
                 cuts = [known.setdefault(cut, cut) for cut in found]
-                rows.append(_Row(where, record, parts, list(images), cuts, shown(config, cuts)))
+                counts = [spelling(config, cut, at) for at, cut in enumerate(cuts)]
+                rows.append(_Row(where, record, parts, list(images), cuts, counts))
             except VLMError as error:
                 skipped.append(skip(where, error))
         for row, prompt in zip(rows, _render(rows, tokenizer, config), strict=True):
@@ -203,18 +213,18 @@ class _Row:
     parts: list[dict[str, Any]]
     images: list[str]
     cuts: list[Cut]
-    shown: list[Shown]
+    counts: list[Spelling]
 
 
 def _render(rows: list[_Row], tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt | VLMError]:
     """All rows at once, on all cores; where one of them fails, one by one."""
     try:
-        return [*render_many([(r.parts, r.shown) for r in rows], tokenizer, config.prompt, False)]
+        return [*render_many([(r.parts, r.counts) for r in rows], tokenizer, config.prompt, False)]
     except VLMError:
         found: list[Prompt | VLMError] = []
         for row in rows:
             try:
-                found.append(render(row.parts, row.shown, tokenizer, config.prompt, False))
+                found.append(render(row.parts, row.counts, tokenizer, config.prompt, False))
             except VLMError as error:
                 found.append(error)
         return found
@@ -230,9 +240,10 @@ def _sample(
 ) -> Sample:
     length = len(prompt.tokens)
     if length > max_seq_length:
+        visual = sum(n for count in row.counts for n in count if isinstance(n, int))
         raise DataError(
             f"{length} tokens are more than --max-seq-length {max_seq_length} "
-            f"({_num_visual(prompt)} of them visual).",
+            f"({visual} of them visual).",
             kind="too long",
         )
     # Nothing predicts the first token.
@@ -263,35 +274,18 @@ def _sample(
     )
 
 
-def _visual(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
-    """bool [length]: which tokens of a picture's slot are visual; the others mark its views."""
-    return tokens[start : start + length] == tokens[start]
-
-
-def _num_visual(prompt: Prompt) -> int:
-    return sum(int(_visual(prompt.tokens, *slot).sum()) for slot in prompt.slots)
-
-
-def _runs(tokens: np.ndarray, start: int, length: int) -> list[tuple[int, int, int]]:
-    """(start, length, token) of each stretch of visual tokens in a picture's slot."""
-    edges = np.flatnonzero(np.diff(_visual(tokens, start, length), prepend=False, append=False))
-    return [
-        (start + int(low), int(high - low), int(tokens[start]))
-        for low, high in edges.reshape(-1, 2)
-    ]
-
-
 def _target(raw: dict[str, Any], prompt: Prompt, words: _Words) -> Target:
     """A target names its place as (image, token) or as (turn, end), end being just past a word."""
     try:
         if "image" in raw:
             start, length = prompt.slots[raw["image"]]
-            visual = start + np.flatnonzero(_visual(prompt.tokens, start, length))
+            span = prompt.tokens[start : start + length]
+            visual = np.flatnonzero(span == span[0])
             if not 0 <= raw["token"] < len(visual):
                 raise DataError(
                     f"target {raw} lies outside its picture's {len(visual)} tokens.", kind="target"
                 )
-            position = int(visual[raw["token"]])
+            position = start + int(visual[raw["token"]])
         else:
             last = raw["end"] - 1
             hits = np.flatnonzero(

@@ -91,6 +91,10 @@ class Tokenizer:
         """`encode` for each of many texts, on all cores."""
         return self._plain.encode_many(texts, [True] * len(texts) if first is None else first)
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on within a line: no leading space of any scheme."""
+        return self._plain.encode_inside(text)
+
     def id(self, token: str) -> int | None:
         """Id of a token by its name, or None."""
         return self.backend.token_to_id(token)

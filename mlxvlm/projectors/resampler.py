@@ -28,21 +28,15 @@ class Resampler(nn.Module):
     def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
         super().__init__()
         width = config.hidden_size or language_width
-        heads = config.num_attention_heads or max(1, width // 128)
-        if width % heads or width % 4:
-            raise ConfigError(
-                f"a resampler's width (={width}) must be divisible by 4, for sines and cosines of "
-                f"rows and columns, and by its num_attention_heads (={heads}): set "
-                "projector.hidden_size or projector.num_attention_heads."
-            )
+        heads = heads_of(config, width)
         self.pool = Pool(config.pool, grid)
         channels, eps = vision_width * self.pool.factor, config.layer_norm_eps
-        self.query = _small(config.num_query_tokens, width)
+        self.query = small(config.num_query_tokens, width)
         if channels != width:
             self.kv_proj = nn.Linear(channels, width, bias=False)
-            self.kv_proj.weight = _small(width, channels)
+            self.kv_proj.weight = small(width, channels)
         self.attn = PackedAttention(width, heads)
-        self.attn.out_proj.weight = _small(width, width)
+        self.attn.out_proj.weight = small(width, width)
         self.attn.out_proj.bias = mx.zeros((width,))
         self.ln_q = nn.LayerNorm(width, eps=eps)
         self.ln_kv = nn.LayerNorm(width, eps=eps)
@@ -88,6 +82,18 @@ class Resampler(nn.Module):
         return found[mx.array([different.index(size) for size in sizes])]
 
 
+def heads_of(config: ProjectorConfig, width: int) -> int:
+    """Heads of a resampler of this width."""
+    heads = config.num_attention_heads or max(1, width // 128)
+    if width % heads or width % 4:
+        raise ConfigError(
+            f"a resampler's width (={width}) must be divisible by 4, for sines and cosines of "
+            f"rows and columns, and by its num_attention_heads (={heads}): set "
+            "projector.hidden_size or projector.num_attention_heads."
+        )
+    return heads
+
+
 @lru_cache(maxsize=8)
 def sincos(height: int, width: int, dim: int) -> np.ndarray:
     """[height * width, dim] float32, places in rows: the first half says the column, the second
@@ -102,5 +108,6 @@ def sincos(height: int, width: int, dim: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def _small(*shape: int) -> mx.array:
+def small(*shape: int) -> mx.array:
+    """Normal values of deviation 0.02, cut off at two deviations."""
     return 0.02 * mx.random.truncated_normal(-2, 2, shape)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PromptConfig
 from ..errors import PromptError
-from .marks import Shown
 from .messages import DOCUMENT, check_turns
-from .pieces import Control, Piece, Prompt, Slot, Text, assemble
+from .pieces import Control, Piece, Prompt, Slot, Spelling, Text, assemble
 
 if TYPE_CHECKING:
     from ..language.tokenizer import Tokenizer
@@ -23,21 +22,21 @@ Message = dict[str, Any]
 
 def render(
     messages: Sequence[Message],
-    pictures_tokens: Sequence[Shown],
+    pictures_tokens: Sequence[int | Spelling],
     tokenizer: Tokenizer,
     prompt: PromptConfig,
     add_generation_prompt: bool,
 ) -> Prompt:
     """Lays out messages in parts form (see `normalize_messages`) as `prompt` says.
 
-    pictures_tokens: how many visual tokens each picture has, in order of appearance; or, of one
-    with marks, each stretch of them with the text before it.
+    pictures_tokens: how many visual tokens each picture has, in order of appearance, or how it is
+    spelled.
     """
     return render_many([(messages, pictures_tokens)], tokenizer, prompt, add_generation_prompt)[0]
 
 
 def render_many(
-    rows: Sequence[tuple[Sequence[Message], Sequence[Shown]]],
+    rows: Sequence[tuple[Sequence[Message], Sequence[int | Spelling]]],
     tokenizer: Tokenizer,
     prompt: PromptConfig,
     add_generation_prompt: bool,
@@ -63,8 +62,41 @@ def render_many(
                 f"the messages have {slots} places for images, but {len(counts)} pictures came "
                 "with them: give one picture for each."
             )
-        laid.append(_with_marks(pieces, counts))
+        laid.append(_fill(pieces, counts, tokenizer))
     return assemble(laid, tokenizer, prompt.image_token_id)
+
+
+def _fill(
+    pieces: list[Piece], counts: Sequence[int | Spelling], tokenizer: Tokenizer
+) -> list[Piece]:
+    """The pieces, with each picture spelled out in its slot."""
+    waiting = iter(counts)
+    out: list[Piece] = []
+    for piece in pieces:
+        if not isinstance(piece, Slot):
+            out.append(piece)
+            continue
+        spelling = next(waiting)
+        more = False
+        for part in (spelling,) if isinstance(spelling, int) else spelling:
+            if isinstance(part, int):
+                out.append(Slot(part, more))
+                more = True
+            else:
+                out += [Control(i) for i in _word(part, tokenizer)]
+    return out
+
+
+def _word(word: str, tokenizer: Tokenizer) -> list[int]:
+    if not word.startswith("<"):
+        return tokenizer.encode_inside(word)
+    if word not in tokenizer.control:
+        raise PromptError(
+            f"the views of a picture are set off with {word}, a control token that this tokenizer "
+            "lacks: take the tokenizer's files from the model's own repository, or set "
+            "prompt.merge to 'uhd', which has text between them."
+        )
+    return [tokenizer.control[word]]
 
 
 def head(tokenizer: Tokenizer) -> list[Piece]:
@@ -127,25 +159,6 @@ def _layout(name: str) -> Callable[..., list[Piece]]:
         "chat_template": template.pieces,
     }
     return layouts[name]
-
-
-def _with_marks(pieces: list[Piece], shown: Sequence[Shown]) -> tuple[list[Piece], list[int]]:
-    """A slot for each stretch of visual tokens, the marks between them, and the slots' lengths."""
-    if all(isinstance(one, int) for one in shown):
-        return pieces, [one for one in shown if isinstance(one, int)]
-    out: list[Piece] = []
-    lengths: list[int] = []
-    waiting = iter(shown)
-    for piece in pieces:
-        if not isinstance(piece, Slot):
-            out.append(piece)
-            continue
-        one = next(waiting)
-        for number, (mark, length) in enumerate([("", one)] if isinstance(one, int) else one):
-            out += [Text(mark)] if mark else []
-            out.append(Slot(goes_on=number > 0))
-            lengths.append(length)
-    return out, lengths
 
 
 def _with_suffixes(pieces: list[Piece], suffix: str) -> list[Piece]:

@@ -35,8 +35,8 @@ class Prompt:
     turns: int32 [L]; which message a token of content belongs to, otherwise -1.
     chars: int32 [L, 2]; where in that message's text (its text parts concatenated, before any
         trimming) the token starts and ends, otherwise -1.
-    slots: (start, length) of each picture's tokens, in order, marks between its views included: it
-        begins and ends with a visual token.
+    slots: (start, length) of each picture, in order: from its first visual token to its last. Other
+        tokens may stand between them, where `prompt.merge` puts words there.
     """
 
     tokens: np.ndarray
@@ -72,31 +72,32 @@ class Text:
 
 @dataclass
 class Slot:
-    """The place of the next picture; or, where it `goes_on`, of more views of the last one."""
+    """The place of the next picture; or a run of `tokens` visual tokens. more: it goes on with the
+    picture before it."""
 
-    goes_on: bool = False
+    tokens: int | None = None
+    more: bool = False
 
 
 Piece = Control | Text | Slot
+# How a picture stands in a prompt: numbers of visual tokens, and words of the vocabulary. A word in
+# angle brackets is a control token; of any other, no leading space is written.
+Spelling = tuple[int | str, ...]
 # tokens, supervised, turns, chars
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def assemble(
-    rows: Sequence[tuple[Sequence[Piece], Sequence[int]]], tokenizer: Tokenizer, image_token_id: int
+    rows: Sequence[Sequence[Piece]], tokenizer: Tokenizer, image_token_id: int
 ) -> list[Prompt]:
-    """Prompts of many (pieces, visual tokens of each slot), tokenised together. Of a picture with
-    marks between its views, each stretch of visual tokens is a slot."""
-    laid = [_sections(pieces) for pieces, _ in rows]
+    """Prompts of many rows of pieces, whose slots say how long they are, tokenised together."""
+    laid = [_sections(pieces) for pieces in rows]
     sections = [part for row in laid for part in row if isinstance(part, _Section)]
     # Headers and separators are the same in every row: each distinct text is encoded once.
     keys = list(dict.fromkeys((section.text, section.first) for section in sections))
     found = tokenizer.encode_many([text for text, _ in keys], [first for _, first in keys])
     encoded = dict(zip(keys, found, strict=True))
-    return [
-        _assemble(row, counts, encoded, image_token_id)
-        for row, (_, counts) in zip(laid, rows, strict=True)
-    ]
+    return [_assemble(row, encoded, image_token_id) for row in laid]
 
 
 @dataclass
@@ -129,14 +130,12 @@ def _sections(pieces: Sequence[Piece]) -> list[_Section | Control | Slot]:
 
 def _assemble(
     sections: Sequence[_Section | Control | Slot],
-    counts: Sequence[int],
     encoded: dict[tuple[str, bool], Encoded],
     image_token_id: int,
 ) -> Prompt:
     columns: list[Columns] = []
     slots: list[tuple[int, int]] = []
     length = 0
-    waiting = iter(counts)
     for section in sections:
         if isinstance(section, _Section):
             column = _columns(section, encoded[section.text, section.first])
@@ -148,12 +147,9 @@ def _assemble(
         elif isinstance(section, Control):
             column = _blank(section.id, 1, section.supervised)
         else:
-            number = int(next(waiting))
-            if section.goes_on:
-                start, _ = slots[-1]
-                slots[-1] = (start, length + number - start)
-            else:
-                slots.append((length, number))
+            number = int(section.tokens or 0)
+            start = slots.pop()[0] if section.more and slots else length
+            slots.append((start, length + number - start))
             column = _blank(image_token_id, number, False)
         columns.append(column)
         length += len(column[0])
