@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlxvlm
-from examples.grounding.scenes import HELD_OUT, corners, iou, make, middle, name, picture, questions
+from examples.grounding.scenes import HELD_OUT, exactly, iou, make, middle, name, picture, questions
 from examples.shapes.world import Box, Thing
 from mlxvlm.boxes import parse
 
@@ -37,7 +37,7 @@ def measure(vlm: Any, count: int, start: int = HELD_OUT) -> dict[str, float]:
     things = [(seed, make(seed).things[0]) for seed in range(start, start + count)]
     every = ask(vlm, [(*one, which) for one in things for which in range(4)])
     said = [every[which::4] for which in range(4)]
-    wanted = [corners(thing) for _, thing in things]
+    wanted = [exactly(thing) for _, thing in things]
     overlaps = [overlap(text, box) for text, box in zip(said[0], wanted, strict=True)]
     names = [name(thing) for _, thing in things]
     return {
@@ -49,16 +49,16 @@ def measure(vlm: Any, count: int, start: int = HELD_OUT) -> dict[str, float]:
     }
 
 
-def overlap(text: str, wanted: Sequence[int]) -> float:
+def overlap(text: str, wanted: Box) -> float:
     """IoU of the first box that a text names; 0 where there is none."""
     found = [box for box in parse(text)[0] if not box.is_point]
     if not found:
         return 0.0
     one = found[0]
-    return iou((one.x0, one.y0, one.x1, one.y1), _box(wanted))
+    return iou((one.x0, one.y0, one.x1, one.y1), wanted)
 
 
-def inside(text: str, wanted: Sequence[int]) -> bool:
+def inside(text: str, wanted: Box) -> bool:
     """Whether the first point that a text names lies in a box."""
     found = [box for box in parse(text)[0] if box.is_point]
     left, top, right, bottom = wanted
@@ -72,9 +72,9 @@ def blind(count: int = 400, start: int = HELD_OUT) -> dict[str, float]:
     sides = range(0, 1001, STEP)
     spans = [(a, b) for a, b in itertools.combinations(sides, 2) if b - a >= 2 * STEP]
     boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, x1 in spans for y0, y1 in spans]
-    few = [_box(corners(thing)) for thing in known[:60]]
+    few = [exactly(thing) for thing in known[:60]]
     best = max(boxes, key=lambda box: sum(iou(box, other) for other in few))
-    overlaps = [iou(best, _box(corners(thing))) for thing in new]
+    overlaps = [iou(best, exactly(thing)) for thing in new]
     middles = [middle(thing) for thing in known]
     x, y = (round(sum(m[axis] for m in middles) / count) for axis in (0, 1))
     names = [name(thing) for thing in known]
@@ -83,15 +83,10 @@ def blind(count: int = 400, start: int = HELD_OUT) -> dict[str, float]:
     return {
         "mean IoU": sum(overlaps) / count,
         "IoU 0.5": sum(value >= 0.5 for value in overlaps) / count,
-        "point inside": sum(inside(f"[{x},{y}]", corners(thing)) for thing in new) / count,
+        "point inside": sum(inside(f"[{x},{y}]", exactly(thing)) for thing in new) / count,
         "named at a point": right,
         "named in a box": right,
     }
-
-
-def _box(numbers: Sequence[int]) -> Box:
-    x0, y0, x1, y1 = (float(number) for number in numbers)
-    return x0, y0, x1, y1
 
 
 def main() -> None:
