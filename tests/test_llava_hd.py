@@ -138,10 +138,8 @@ def trained(folder: Path) -> tuple[Any, Weights]:
     return vlm, plain(dict(tree_flatten(vlm.projector.parameters())))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP tower and a language model, a LLaVA-1.5-HD built of them, pictures and rows."""
-    place = tmp_path_factory.mktemp("hd")
+def build(place: Path) -> Path:
+    """A CLIP tower and a language model, and the LLaVA-1.5-HD built of them."""
     parts(place)
     tensors = clip_tower()
     rng = np.random.default_rng(9)
@@ -152,6 +150,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--projector", "mlp", "--tiling", "anyres-hd", "--out", place / "model"]
     said = command(*words)
     assert "16 visual tokens a view, 1 to 6 tiles a picture, and the whole" in said
+    return place / "model"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, pictures and rows."""
+    place = tmp_path_factory.mktemp("hd")
+    build(place)
     (place / "images").mkdir()
     for i, size in enumerate(SIZES):
         drawing(size, i).save(place / "images" / f"{i}.png")

@@ -325,6 +325,7 @@ def open_whole(
     checkpoint = _checkpoint(folder, family, elsewhere, opened)
     config = model_config(checkpoint, family)
     tokenizer = Tokenizer.load(checkpoint.language or folder)
+    tokenizer.num_embeddings = config.language.get("vocab_size")
     if family in (llava_original, llava_uhd):
         config.prompt.layout = family.layout(checkpoint, tokenizer)
     if family in (llava, llava_next, xtuner):

@@ -97,7 +97,10 @@ def assemble(
     keys = list(dict.fromkeys((section.text, section.first) for section in sections))
     found = tokenizer.encode_many([text for text, _ in keys], [first for _, first in keys])
     encoded = dict(zip(keys, found, strict=True))
-    return [_assemble(row, encoded, image_token_id) for row in laid]
+    prompts = [_assemble(row, encoded, image_token_id) for row in laid]
+    for prompt in prompts:
+        _check_known(prompt.tokens, tokenizer, image_token_id)
+    return prompts
 
 
 @dataclass
@@ -157,6 +160,21 @@ def _assemble(
         columns.append(_blank(0, 0, False))
     tokens, supervised, turns, chars = (np.concatenate(c) for c in zip(*columns, strict=True))
     return Prompt(tokens, supervised, [], turns, chars, slots)
+
+
+def _check_known(tokens: np.ndarray, tokenizer: Tokenizer, image_token_id: int) -> None:
+    """A gather past a table's end reads, and its gradient writes, what is not the model's."""
+    rows = tokenizer.num_embeddings
+    if rows is None:
+        return
+    beyond = tokens[(tokens >= rows) & (tokens != image_token_id)]
+    if beyond.size:
+        token = tokenizer.backend.id_to_token(int(beyond[0]))
+        raise PromptError(
+            f"the tokenizer writes {token!r} as id {beyond[0]}, and the language model has "
+            f"embeddings for ids below {rows}: they do not belong together. Take the tokenizer's "
+            "files from the model's own repository."
+        )
 
 
 def _blank(token: int, count: int, supervised: bool) -> Columns:
