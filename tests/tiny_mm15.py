@@ -45,7 +45,7 @@ def mm15(seed: int = 3, **choices: Any) -> VLM:
     vlm = VLM(mm15_config(**choices), tiny_tokenizer())
     vlm.language.lm_head.weight = mx.random.normal(vlm.language.lm_head.weight.shape)
     vlm.projector.linear_2.weight = 4 * vlm.projector.linear_2.weight
-    for layer in vlm.language.layers:
+    for layer in vlm.language.layers or ():
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear = layer.self_attn[name]
             linear.weight = 3 * linear.weight
