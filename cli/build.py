@@ -20,10 +20,14 @@ OWN_FLAGS = {
     "num_positions": ("--num-positions", ("attention",)),
     "layer_norm": ("--projector-norm", ("mlp",)),
 }
-
-
-# Tilings whose number of tiles may be limited.
-LIMITED = ("dynamic", "anyres-hd", "slices", "slices-uhd")
+# Flags that not every tiling has, and those that do.
+TILING_FLAGS = {
+    "max_tiles": ("--max-tiles", ("dynamic", "anyres-hd", "slices", "slices-uhd", "cover")),
+    "min_tiles": ("--min-tiles", ("dynamic", "anyres-hd", "cover")),
+    "use_thumbnail": ("--thumbnail and --no-thumbnail", ("dynamic", "cover", "cover-2x2")),
+    "grids": ("--grids", ("anyres",)),
+    "view_marks": ("--view-marks", ("dynamic", "cover", "cover-2x2")),
+}
 
 
 def build(
@@ -88,11 +92,22 @@ def build(
         typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
     ] = None,
     tiling: Annotated[
-        Literal["single", "dynamic", "anyres", "anyres-hd", "slices", "slices-uhd"] | None,
+        Literal[
+            "single", "dynamic", "anyres", "anyres-hd", "slices", "slices-uhd", "cover", "cover-2x2"
+        ]
+        | None,
         typer.Option(
             help="dynamic: InternVL's tiles. anyres: LLaVA-NeXT's, anyres-hd: LLaVA-1.5-HD's. "
-            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, both for a resampler. "
-            "Default: the encoder's own, one view."
+            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, for a resampler. cover: MM1.5's, "
+            "cover-2x2: its static four. Default: the encoder's own, one view."
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pixels a side of a view, if not the encoder's own: its positions are "
+            "interpolated, as MM1.5's from 378 to 672.",
         ),
     ] = None,
     max_tiles: Annotated[
@@ -100,16 +115,23 @@ def build(
         typer.Option(
             min=1,
             help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd; "
-            "9 slices, 7 of slices-uhd.",
+            "9 slices, 7 of slices-uhd; 9 of cover.",
         ),
     ] = None,
     min_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Fewest tiles of a picture alone. [1]")
+        int | None, typer.Option(min=1, help="Fewest tiles of a picture alone. [1; 4 of cover]")
     ] = None,
     thumbnail: Annotated[
         bool | None,
         typer.Option(
-            "--thumbnail/--no-thumbnail", help="The whole picture, after its dynamic tiles. [on]"
+            "--thumbnail/--no-thumbnail",
+            help="The whole picture, after its dynamic or cover tiles. [on]",
+        ),
+    ] = None,
+    view_marks: Annotated[
+        Literal["separators", "index"] | None,
+        typer.Option(
+            help="Texts between dynamic or cover tiles that say where each lies. Default: none."
         ),
     ] = None,
     grids: Annotated[
@@ -163,17 +185,12 @@ def build(
     check_out(out, vision, language)
     limits = {"max_tiles": max_tiles, "min_tiles": min_tiles}
     limits = {name: given for name, given in limits.items() if given is not None}
-    if limits and tiling not in LIMITED:
-        raise UsageError(
-            f"--max-tiles and --min-tiles belong to --tiling {', '.join(LIMITED[:-1])} or "
-            f"{LIMITED[-1]}."
-        )
-    if min_tiles is not None and tiling not in LIMITED[:2]:
-        raise UsageError("--min-tiles belongs to --tiling dynamic or anyres-hd.")
-    if thumbnail is not None and tiling != "dynamic":
-        raise UsageError("--thumbnail and --no-thumbnail belong to --tiling dynamic.")
-    if grids and tiling != "anyres":
-        raise UsageError("--grids belongs to --tiling anyres.")
+    asked = {**limits, "use_thumbnail": thumbnail, "grids": grids or None, "view_marks": view_marks}
+    for name, value in asked.items():
+        flag, kinds = TILING_FLAGS[name]
+        if value is not None and tiling not in kinds:
+            more = "s" if " and " not in flag else ""
+            raise UsageError(f"{flag} belong{more} to --tiling {_either(kinds)}.")
     given = {
         "num_query_tokens": num_query_tokens,
         "num_layers": projector_layers,
@@ -201,6 +218,8 @@ def build(
         language,
         ProjectorConfig(**given) if given else None,
         tiling=fields,
+        image_size=image_size,
+        view_marks=view_marks or "",
         feature_layer=feature_layer,
         feature_norm=feature_norm,
         layout=layout,
@@ -217,12 +236,18 @@ def build(
     upto = "up to " if tiles.type == "whole" else ""
     if tiles.type not in ("single", "whole"):
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
-        more = ", and the whole" if tiles.type in ("anyres", "slices") else more
-        views = f", {tiles.min_tiles} to {tiles.max_tiles} tiles a picture{more}"
+        more = ", and the whole" if tiles.type in ("anyres", "slices", "cover") and more else more
+        least, most = tiles.min_tiles, tiles.max_tiles
+        number = f"{least} to {most}" if least < most else str(most)
+        views = f", {number} tiles a picture{more}"
     typer.echo(
         f"Saved {out}: {upto}{vlm.config.tokens_per_view} visual tokens a view{views}. "
         f"The projector is untrained: mlxvlm pretrain --model {out}"
     )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _grids(text: str) -> list[list[int]]:

@@ -53,6 +53,20 @@ def convert(
             help="What -q quantises: language, projector, vision, with commas. Default: language.",
         ),
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pixels a side of a view from here on: positions are interpolated."
+        ),
+    ] = None,
+    tiling: Annotated[
+        Literal["single", "dynamic", "cover", "cover-2x2"] | None,
+        typer.Option(help="How pictures are cut from here on, as build has it."),
+    ] = None,
+    view_marks: Annotated[
+        Literal["none", "separators", "index"] | None,
+        typer.Option(help="Texts between tiles from here on, as build has them."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     language: Language = None,
     vision: Vision = None,
@@ -63,7 +77,8 @@ def convert(
     Reads every layout that chat does: LLaVA's, XTuner's, transformers', mlx-community's, our own;
     of LLaVA's and XTuner's exports the adapters are merged. Without -q and --dtype nothing is lost:
     logits stay the same bit for bit. Tower and projector stay as they are unless --q-parts names
-    them.
+    them. --image-size, --tiling and --view-marks say how the model takes pictures from here on: a
+    later stage of training may want them finer than an earlier one.
     """
     given = {
         "--q-bits": q_bits,
@@ -80,6 +95,7 @@ def convert(
         raise UsageError(f"--q-parts (={q_parts}) may name {', '.join(PARTS)}, not {strange[0]!r}.")
 
     from mlxvlm.amount import amount
+    from mlxvlm.config import TILINGS
     from mlxvlm.language.quantise import Quantisation
     from mlxvlm.weights.convert import convert
 
@@ -90,6 +106,9 @@ def convert(
         dtype=dtype,
         quantisation=wanted if quantize else None,
         parts=parts,
+        image_size=image_size,
+        tiling=TILINGS[tiling] if tiling else None,
+        view_marks=view_marks,
         revision=revision,
         language=language,
         vision=vision,

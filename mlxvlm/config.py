@@ -36,6 +36,16 @@ NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96, "spatial_resampler": 1
 # Of these, those whose tokens are a square of them.
 SQUARE = ("c_abstractor", "spatial_resampler")
 PROJECTORS = ("attention", "mlp", *NUM_QUERY_TOKENS)
+# Merges, and the tilings that each lays out; none: all of them.
+LAYS_OUT: dict[str, tuple[str, ...]] = {
+    "flat": (),
+    "spatial_unpad": ("anyres",),
+    "minicpm": ("slices",),
+    "uhd": ("slices",),
+    "separators": ("dynamic", "cover"),
+    "index": ("dynamic", "cover"),
+    "rows": ("whole",),
+}
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -49,8 +59,10 @@ class TilingConfig:
     type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
         picture's aspect ratio, as InternVL), "anyres" (the whole, and a canvas of tiles with the
         picture in its middle, as LLaVA-NeXT), "slices" (an overview and a grid of slices, in the
-        shapes that they have, as MiniCPM-V and LLaVA-UHD), "whole" (one view in the picture's own
-        shape, as EVE) or "centred" (the same on a square canvas, for EVE's teacher).
+        shapes that they have, as MiniCPM-V and LLaVA-UHD), "cover" (a canvas that covers the
+        picture, and the whole behind it, of rows with fewer than three pictures, as MM1.5), "whole"
+        (one view in the picture's own shape, as EVE) or "centred" (the same on a square canvas, for
+        EVE's teacher).
     image_size: side of a view in pixels; of slices, the square root of about their pixels; of the
         whole, its long side.
     patch_size: what the sides of slices are multiples of, in pixels.
@@ -59,14 +71,15 @@ class TilingConfig:
     rounding: how slices come to such sides: "nearest" (MiniCPM-V) or "down" (LLaVA-UHD).
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
-        Of several views, the whole and dynamic tiles are squashed.
+        Of several views, the whole and dynamic tiles are squashed; "cover" pads everything.
     resample: "bicubic" or "bilinear" (Pillow's antialiased filters).
     background: RGB of the padding, 0-255.
     min_tiles, max_tiles: of a grid; the pictures of one row share a dynamic grid's max_tiles.
-    use_thumbnail: whether the whole picture follows its dynamic tiles as one more view, if it has
-        several.
-    grids: (columns, rows) that "anyres" chooses from, the first of equals: LLaVA-NeXT's pinpoints
-        in tiles; empty means every grid of min_tiles to max_tiles, as LLaVA-1.5-HD.
+    use_thumbnail: whether the whole picture follows its tiles ("dynamic", "cover") as one more
+        view, if it has several.
+    grids: (columns, rows) that "anyres" and "cover" choose from, the first of equals: LLaVA-NeXT's
+        pinpoints in tiles, MM1.5's static 2x2; empty means every grid of min_tiles to max_tiles, as
+        LLaVA-1.5-HD and MM1.5's dynamic splitting.
     """
 
     type: str = "single"
@@ -84,7 +97,7 @@ class TilingConfig:
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        kinds = ("single", "dynamic", "anyres", "slices", "whole", "centred")
+        kinds = ("single", "dynamic", "anyres", "slices", "cover", "whole", "centred")
         _one_of("tiling.type", self.type, kinds)
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
@@ -99,9 +112,10 @@ class TilingConfig:
                 f"tiling.patch_size (={self.patch_size}) must lie between 1 and tiling.image_size "
                 f"(={self.image_size})."
             )
-        if self.type != "single" and self.resize != "squash":
+        way = "pad" if self.type == "cover" else "squash"
+        if self.type != "single" and self.resize != way:
             raise ConfigError(
-                f"tiling.resize (={self.resize!r}) must be 'squash' for {self.type} tiles."
+                f"tiling.resize (={self.resize!r}) must be {way!r} for {self.type} tiles."
             )
         self._set_grids()
         # A cell is one token of 2 x 2 patches, or several.
@@ -125,8 +139,10 @@ class TilingConfig:
                 f"tiling.grids (={self.grids!r}) must be pairs of whole numbers from 1 up, columns "
                 "and rows."
             )
-        if self.grids and self.type != "anyres":
-            raise ConfigError(f"tiling.grids belong to 'anyres' tiles, not to {self.type!r}.")
+        if self.grids and self.type not in ("anyres", "cover"):
+            raise ConfigError(
+                f"tiling.grids belong to 'anyres' and 'cover' tiles, not to {self.type!r}."
+            )
         if self.grids:
             tiles = [columns * rows for columns, rows in self.grids]
             self.min_tiles, self.max_tiles = min(tiles), max(tiles)
@@ -151,6 +167,7 @@ class TilingConfig:
             "dynamic": ("resize", "background", "grids", *of_shapes),
             "anyres": ("resize", "use_thumbnail", *of_shapes),
             "slices": ("resize", "background", "min_tiles", "use_thumbnail", "grids", "cells"),
+            "cover": ("resize", *of_shapes),
             "whole": ("resize", "background", "rounding", *of_tiles),
             "centred": ("resize", "patch_size", "rounding", *of_tiles),
         }[self.type]
@@ -158,8 +175,8 @@ class TilingConfig:
         return json.loads(json.dumps(fields))
 
 
-# Tilings by the names that `mlxvlm build` has for them: the fields of each. Whatever an encoder of
-# its own does to a picture, their views are squashed.
+# Tilings by the names that `mlxvlm build` has for them: the fields of each, which say how views
+# are resized whatever the encoder of its own does to a picture.
 TILINGS: dict[str, dict[str, Any]] = {
     "single": {"type": "single"},
     "dynamic": {"type": "dynamic", "resize": "squash"},
@@ -177,6 +194,9 @@ TILINGS: dict[str, dict[str, Any]] = {
     },
     "slices": {"type": "slices", "resize": "squash", "max_tiles": 9},
     "slices-uhd": {"type": "slices", "resize": "squash", "max_tiles": 7, "rounding": "down"},
+    # MM1.5's two: 4 to 9 tiles in training (9 of 672 pixels are 4 million), and always four.
+    "cover": {"type": "cover", "resize": "pad", "min_tiles": 4, "max_tiles": 9},
+    "cover-2x2": {"type": "cover", "resize": "pad", "grids": ((2, 2),)},
 }
 
 
@@ -373,6 +393,11 @@ class ProjectorConfig:
                 "queries pool the patches themselves."
             )
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether it has learned positions, one for each token of a view that `pool` leaves."""
+        return self.type == "c_abstractor" or self.num_positions > 0
+
 
 @dataclass
 class PromptConfig:
@@ -386,7 +411,10 @@ class PromptConfig:
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
         LLaVA-NeXT, for "anyres" tiles), for "slices" "minicpm" (the overview, then the slices in
         rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the slices
-        with commas between and newlines behind rows, then the overview: LLaVA-UHD), or "rows" (a
+        with commas between and newlines behind rows, then the overview: LLaVA-UHD), for "dynamic"
+        and "cover" tiles as "flat" with MM1.5's position indicators: "separators" ("," between
+        columns, a newline between rows, ":" before the whole) or "index" ("(k,i,j)" before each
+        view: the picture's number from 0, row and column from 1, both 0 of the whole), or "rows" (a
         class token, and rows of any number, each closed: EVE's, for "whole" pictures).
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
@@ -409,8 +437,7 @@ class PromptConfig:
             ("llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", "chat_template"),
         )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
-        merges = ("flat", "spatial_unpad", "minicpm", "uhd", "rows")
-        _one_of("prompt.merge", self.merge, merges)
+        _one_of("prompt.merge", self.merge, tuple(LAYS_OUT))
 
 
 @dataclass
@@ -451,20 +478,16 @@ class ModelConfig:
                 f"{self.projector.type!r} cannot take: choose {' or '.join(TAKE_GRIDS)}, whose "
                 "queries look at any grid of patches."
             )
-        if self.prompt.merge in ("minicpm", "uhd") and not self.varied:
+        kinds = LAYS_OUT[self.prompt.merge]
+        if kinds and self.tiling.type not in kinds:
             raise ConfigError(
-                f"prompt.merge {self.prompt.merge!r} lays out tiling.type 'slices', not "
-                f"{self.tiling.type!r}."
+                f"prompt.merge {self.prompt.merge!r} lays out tiling.type "
+                f"{' or '.join(map(repr, kinds))}, not {self.tiling.type!r}."
             )
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
 
     def _check_map(self) -> None:
-        if self.tiling.type != "anyres":
-            raise ConfigError(
-                "prompt.merge 'spatial_unpad' lays out tiling.type 'anyres', not "
-                f"{self.tiling.type!r}."
-            )
         if self.projector.type in TAKE_GRIDS:
             raise ConfigError(
                 "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad'), and "
@@ -490,6 +513,21 @@ class ModelConfig:
             self.tiling = self.tiling.resized(resize, self.vision.image_mean)
         if layout:
             self.prompt = dataclasses.replace(self.prompt, layout=layout)
+
+    def with_image_size(self, image_size: int) -> ModelConfig:
+        """The same with views of another size; a projector with positions has one a token."""
+        if image_size < self.vision.patch_size:
+            raise ConfigError(
+                f"vision.image_size (={image_size}) must be at least vision.patch_size "
+                f"(={self.vision.patch_size})."
+            )
+        vision = dataclasses.replace(self.vision, image_size=image_size)
+        projector = self.projector
+        if projector.num_positions:
+            tokens = pooled_tokens(vision, projector.pool)
+            projector = dataclasses.replace(projector, num_positions=tokens)
+        tiling = dataclasses.replace(self.tiling, image_size=image_size)
+        return dataclasses.replace(self, tiling=tiling, vision=vision, projector=projector)
 
     @property
     def varied(self) -> bool:

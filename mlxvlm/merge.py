@@ -5,6 +5,8 @@
                     is left out, and each row ends with `image_newline` (LLaVA-NeXT)
     minicpm         the overview, then the slices, with words of the vocabulary around each
     uhd             the slices, with words of the vocabulary between them, then the overview
+    separators      every view's tokens, tiles and then the whole, and words between them (MM1.5)
+    index           the same, each view behind its place in words
     rows            a class token, then rows of tokens, each with its end: a view's tokens as they
                     come, whose number hangs on the picture's shape (EVE)
 
@@ -14,6 +16,9 @@
     overview, 2 x 2 slices       o   A B     <image>o</image><slice><image>A</image><image>B</image>
                                      C D  ->      \\n<image>C</image><image>D</image></slice>
                                           ->  A,B\\nC,D\\no
+
+    tiles, the whole             A B     w    A,B\\nC,D:w
+                                 C D      ->  (0,1,1)A(0,1,2)B(0,2,1)C(0,2,2)D(0,0,0)w
 
 A merge says which token stands where, as numbers of rows of the views' tokens, and which words
 stand between them. It knows nothing but how each picture was cut: tokens are counted, and places
@@ -41,11 +46,12 @@ NEWLINE = -1
 
 class Merge(NamedTuple):
     """order: (cut, tokens a view) -> int32 [visual tokens], each a row of [views * tokens] or
-    NEWLINE. count: how many they are. spell: how they stand in a prompt; None is all together."""
+    NEWLINE. count: how many they are. spell: how they stand in a prompt, for the cut, the tokens a
+    view and the picture's number there; None is all together."""
 
     order: Callable[[Cut, int], np.ndarray]
     count: Callable[[Cut, int], int]
-    spell: Callable[[Cut, int], Spelling] | None = None
+    spell: Callable[[Cut, int, int], Spelling] | None = None
 
 
 def visual_tokens(config: ModelConfig, cut: Cut) -> int:
@@ -53,12 +59,13 @@ def visual_tokens(config: ModelConfig, cut: Cut) -> int:
     return MERGES[config.prompt.merge].count(cut, config.tokens_per_view)
 
 
-def spelling(config: ModelConfig, cut: Cut) -> Spelling:
-    """How a picture stands in a prompt: runs of visual tokens, and words between them."""
+def spelling(config: ModelConfig, cut: Cut, number: int = 0) -> Spelling:
+    """How a picture stands in a prompt: runs of visual tokens, and words between them. number:
+    which of the prompt's pictures it is, from 0."""
     spell = MERGES[config.prompt.merge].spell
     if spell is None:
         return (visual_tokens(config, cut),)
-    return spell(cut, config.tokens_per_view)
+    return spell(cut, config.tokens_per_view, number)
 
 
 def unbroken(config: ModelConfig, cut: Cut) -> list[int]:
@@ -94,7 +101,7 @@ def merge_tokens(
 
 
 @lru_cache(1024)
-def _spell_minicpm(cut: Cut, tokens: int) -> Spelling:
+def _spell_minicpm(cut: Cut, tokens: int, number: int) -> Spelling:
     """MiniCPM-V's: `get_slice_image_placeholder` in its finetune/dataset.py."""
     view = ("<image>", tokens, "</image>")
     if cut.views == 1:
@@ -105,13 +112,33 @@ def _spell_minicpm(cut: Cut, tokens: int) -> Spelling:
 
 
 @lru_cache(1024)
-def _spell_uhd(cut: Cut, tokens: int) -> Spelling:
+def _spell_uhd(cut: Cut, tokens: int, number: int) -> Spelling:
     """LLaVA-UHD's "spatial schema" (Xu et al. 2024, section 3.3)."""
     if cut.views == 1:
         return (tokens,)
     rows, columns = _slices(cut)
     line = (*(tokens, ",") * (columns - 1), tokens, "\n")
     return (*line * rows, tokens)
+
+
+@lru_cache(1024)
+def _spell_separators(cut: Cut, tokens: int, number: int) -> Spelling:
+    """MM1.5's second kind of sub-image position indicators (McKinzie et al. 2024); its row
+    separator is a token of its own, here it is a newline, which every vocabulary has."""
+    rows, columns = cut.grid
+    line = (*(tokens, ",") * (columns - 1), tokens, "\n")
+    tiles = (line * rows)[:-1]
+    return (*tiles, ":", tokens) if cut.views > rows * columns else tiles
+
+
+@lru_cache(1024)
+def _spell_index(cut: Cut, tokens: int, number: int) -> Spelling:
+    """Its first kind: (picture from 0, row, column from 1), and row and column 0 of the whole."""
+    rows, columns = cut.grid
+    places = [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
+    places = [(0, 0)] if cut.views == 1 else [*places, (0, 0)][: cut.views]
+    each = ((f"({number},{row},{column})", tokens) for row, column in places)
+    return tuple(part for pair in each for part in pair)
 
 
 @lru_cache(1024)
@@ -191,7 +218,9 @@ MERGES: dict[str, Merge] = {
     "spatial_unpad": Merge(_spatial_unpad, _count_spatial_unpad),
     "minicpm": Merge(_flat, _count_flat, _spell_minicpm),
     "uhd": Merge(_uhd, _count_flat, _spell_uhd),
+    "separators": Merge(_flat, _count_flat, _spell_separators),
+    "index": Merge(_flat, _count_flat, _spell_index),
     "rows": Merge(_rows, _count_rows),
 }
 # Merges whose visual tokens stand as the views do.
-IN_ORDER = ("flat", "minicpm", "rows")
+IN_ORDER = ("flat", "minicpm", "separators", "index", "rows")

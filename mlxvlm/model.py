@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .config import ModelConfig
+from .config import ModelConfig, pooled_side
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
 from .frames import with_frames
@@ -31,6 +31,7 @@ from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
 from .vision.build import build_vision
+from .vision.carry import carry
 from .vision.encoder import Encoder
 
 if TYPE_CHECKING:
@@ -59,6 +60,24 @@ class VLM(nn.Module):
         )
         self.language = build_language(config.language)
         embedding(self.language)  # refuses, by name, a decoder that cannot be put together here
+
+    def resize_views(self, image_size: int) -> None:
+        """Views of `image_size` pixels a side from here on: learned positions of the tower, and of
+        the projector, are interpolated, as MM1.5's are from 378 to 672 pixels."""
+        old, config = self.config, self.config.with_image_size(image_size)
+        vision = build_vision(config.vision)
+        carry(self.vision, vision, (old.vision.table_grid, config.vision.table_grid))
+        newline = config.prompt.merge == "spatial_unpad"
+        width = language_width(config.language)
+        projector = build_projector(config.projector, config.vision, width, newline)
+        sides = (0, 0)
+        if config.projector.has_positions:
+            asker, pool = "a projector with positions", config.projector.pool
+            before, after = (pooled_side(c.vision, pool, asker) for c in (old, config))
+            sides = before, after
+        carry(self.projector, projector, sides)
+        self.config, self.vision, self.projector = config, vision, projector
+        mx.eval(self.vision.parameters(), self.projector.parameters())
 
     @property
     def encoder(self) -> Encoder:
@@ -111,7 +130,7 @@ class VLM(nn.Module):
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
-        counts = [spelling(self.config, p.cut) for p in pictures]
+        counts = [spelling(self.config, p.cut, at) for at, p in enumerate(pictures)]
         prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
         prompt.pictures = pictures
         return prompt

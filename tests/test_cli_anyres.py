@@ -277,7 +277,7 @@ def test_flags_that_do_not_go_together(place, tmp_path):
     words = [*build_words(place), "--out", tmp_path / "x"]
     for flags, told in {
         ("--grids", "1x2"): "--grids belongs to --tiling anyres",
-        ("--tiling", "anyres", "--max-tiles", "3"): "belong to --tiling dynamic or anyres-hd",
+        ("--tiling", "anyres", "--max-tiles", "3"): "belongs to --tiling dynamic, anyres-hd, ",
         ("--tiling", "anyres-hd", "--thumbnail"): "belong to --tiling dynamic",
         ("--tiling", "anyres", "--grids", "2"): "must be columns and rows",
         ("--tiling", "anyres", "--resize", "pad"): "must be 'squash' for anyres",
@@ -291,7 +291,7 @@ def test_flags_that_do_not_go_together(place, tmp_path):
 def test_grids_of_ones_own_and_hds(place, tmp_path):
     words = build_words(place)
     said = command(*words, "--tiling", "anyres", "--grids", "4x1,1x4", "--out", tmp_path / "own")
-    assert "4 to 4 tiles a picture" in said
+    assert ", 4 tiles a picture, and the whole" in said
     said = command(*words, "--tiling", "anyres-hd", "--out", tmp_path / "hd")
     assert "1 to 6 tiles a picture, and the whole" in said
     # An encoder is taken out of a model with tiles, and given others.

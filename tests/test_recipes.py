@@ -21,6 +21,7 @@ from mlxvlm.weights.save import quantization_of, save
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.toml"))
 STAGES = {
+    "continual": "sft",
     "qlora": "lora",
     "sft-projector": "sft",
     "stage-1": "pretrain",
@@ -32,7 +33,7 @@ STAGES = {
 
 def test_there_are_all_that_the_readme_names():
     named = re.findall(r"^\| `([\w.-]+)` \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted({path.parent.name for path in RECIPES}) and len(RECIPES) == 18
+    assert sorted(named) == sorted({path.parent.name for path in RECIPES}) and len(RECIPES) == 21
 
 
 def llava() -> VLM:

@@ -24,6 +24,7 @@ from minicpm_folders import write_minicpm
 from mlx.utils import tree_flatten
 from PIL import Image
 from test_llava_hd import build as build_hd
+from tiny_mm15 import mm15
 from tiny_vlm import tiny_vlm
 from typer.testing import CliRunner
 from uhd_folders import write_uhd
@@ -35,6 +36,11 @@ from mlxvlm.weights.save import save
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((60, 40), (30, 30), (28, 90))  # of the pictures
 LENGTH = 2048
+
+
+def _mm15(folder: Path) -> Path:
+    save(mm15(), folder / "model")
+    return folder / "model"
 
 
 def _llama3v(folder: Path) -> Path:
@@ -65,6 +71,7 @@ SYSTEMS: dict[str, Callable[[Path], Path]] = {
     "internvl-2.5": write_internvl,
     "llava-uhd": write_uhd,
     "eve-7b": _eve,
+    "mm1.5": _mm15,
 }
 ABILITIES = "loads chats caches pretrains sfts loras".split()
 

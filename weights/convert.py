@@ -5,6 +5,7 @@ Where nothing is quantised or cast, the result gives the same logits bit for bit
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections import Counter
@@ -16,13 +17,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlxvlm.config import ModelConfig
 from mlxvlm.errors import ConfigError
 from mlxvlm.language.quantise import Choice, Quantisation, choose
 from mlxvlm.weights.check import grouped
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS
 from mlxvlm.weights.hub import Download, resolve
 from mlxvlm.weights.join import check_out
-from mlxvlm.weights.load import open_whole
+from mlxvlm.weights.load import open_whole, retiled
 from mlxvlm.weights.save import SHARD_BYTES, save
 from mlxvlm.weights.tensors import fill, parse_dtype
 
@@ -60,6 +62,9 @@ def convert(
     dtype: str | mx.Dtype | None = None,
     quantisation: Quantisation | None = None,
     parts: Sequence[str] = ("language",),
+    image_size: int | None = None,
+    tiling: dict[str, Any] | None = None,
+    view_marks: str | None = None,
     revision: str | None = None,
     language: str | None = None,
     vision: str | None = None,
@@ -71,7 +76,9 @@ def convert(
 
     dtype: what floating tensors become, before any is quantised; by default as stored.
     quantisation: how the layers of `parts` (language, projector, vision) are quantised; None: not.
-    language, vision, resize: as in `load`.
+    image_size, tiling, view_marks: how the model takes pictures from here on, as its next stage of
+    training may want it: pixels a side of a view (positions are interpolated), fields of another
+    tiling, marks between views as in `join`, or "none". language, vision, resize: as in `load`.
     Memory holds what is written and the tensor at hand, so a model may be larger than it.
     """
     from mlxvlm.model import VLM
@@ -90,6 +97,7 @@ def convert(
             f"{block['group_size']}): doing it again would add error to error. Give -m the model "
             "that it was made from, or leave -q out to convert it as it is."
         )
+    config = _looking(config, tiling, view_marks)
     vlm = VLM(config, tokenizer)
     count = sum(math.prod(value.shape) for _, value in _tensors(vlm))
     choice = choose(vlm, quantisation, parts) if quantisation else Choice()
@@ -101,6 +109,8 @@ def convert(
         quantization=config.quantization,
         quantise=choice.settings,
     )
+    if image_size is not None:
+        vlm.resize_views(image_size)
     out.mkdir(parents=True, exist_ok=True)
     keep_files(folder, out, (*KEPT, *LICENCES))
     save(vlm, out, shard_bytes)
@@ -110,6 +120,27 @@ def convert(
         for s in choice.settings.values()
     )
     return Converted(size, 8 * size / count, layers, grouped(choice.left))
+
+
+def _looking(
+    config: ModelConfig, tiling: dict[str, Any] | None, view_marks: str | None
+) -> ModelConfig:
+    """The same model with pictures cut and marked otherwise."""
+    tiles, prompt = config.tiling, config.prompt
+    if tiling:
+        if tiles.type in ("anyres", "slices") or tiling.get("type") in ("anyres", "slices"):
+            raise ConfigError(
+                "'anyres' tiles have a learned `image_newline`, 'slices' a tower and a projector "
+                "for any shape: a model comes with them or without, and no other tiling is put in "
+                "their place."
+            )
+        tiles = retiled(tiles, tiling, config.vision.image_mean)
+        if tiles.type == "single":
+            prompt = dataclasses.replace(prompt, merge="flat")
+    if view_marks is not None:
+        merge = "flat" if view_marks == "none" else view_marks
+        prompt = dataclasses.replace(prompt, merge=merge)
+    return dataclasses.replace(config, tiling=tiles, prompt=prompt)
 
 
 def refuse_adapters(folder: Path) -> None:

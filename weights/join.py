@@ -12,10 +12,12 @@ import mlx.core as mx
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
 from mlxvlm.errors import ConfigError, UsageError, WeightsError
 from mlxvlm.prompts import render
+from mlxvlm.vision.build import build_vision
+from mlxvlm.vision.carry import carry
 from mlxvlm.weights.families import eve, llama
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
-from mlxvlm.weights.load import WHOLE, encoder_configs, layout_for, open_encoder
+from mlxvlm.weights.load import WHOLE, Holder, encoder_configs, layout_for, open_encoder
 from mlxvlm.weights.save import quantization_of
 from mlxvlm.weights.tensors import fill, parse_dtype, rename_quantization, stored_quantization
 
@@ -42,6 +44,8 @@ def join(
     projector: ProjectorConfig | None = None,
     *,
     tiling: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    view_marks: str = "",
     feature_layer: int | None = None,
     feature_norm: bool | None = None,
     layout: str | None = None,
@@ -58,6 +62,8 @@ def join(
     vision: or what EVE's authors call a patch embedding layer, openai/eve-patch14-anypixel-672,
     whose weights are fresh. projector: by default of the same kind as that of a whole model whose
     encoder is taken, else ProjectorConfig's. tiling: fields that override the encoder's own.
+    image_size: of a view in pixels, where it is not the encoder's own: its positions are
+    interpolated. view_marks: "separators" or "index", as `PromptConfig.merge` has them.
     feature_layer, feature_norm: as in `load_encoder`. layout: a prompt layout; by default the one
     that the tokenizer asks for.
     fresh_language: random weights, its config.json alone.
@@ -70,7 +76,7 @@ def join(
     wanted = parse_dtype(dtype)
     eyes = family = None
     if is_layer := eve.NAME.fullmatch(str(vision)) is not None and not Path(vision).exists():
-        if tiling or feature_layer is not None or feature_norm is not None:
+        if tiling or image_size or feature_layer is not None or feature_norm is not None:
             raise UsageError(
                 f"{vision} is a patch embedding layer: pictures keep their shape, and there are no "
                 "hidden states to choose from."
@@ -89,10 +95,12 @@ def join(
     raw = llama.language(mouth)
     # Any vocabulary has the comma and the newline between LLaVA-UHD's slices.
     merges = {"anyres": "spatial_unpad", "slices": "uhd", "whole": "rows"}
-    merge = merges.get(tiles.type, "flat")
+    merge = view_marks or merges.get(tiles.type, "flat")
+    stored = dataclasses.replace(tower, vision_use_head=False)
+    wide = dataclasses.replace(stored, image_size=image_size or stored.image_size)
     config = ModelConfig(
-        tiling=tiles,
-        vision=dataclasses.replace(tower, vision_use_head=False),
+        tiling=dataclasses.replace(tiles, image_size=wide.image_size),
+        vision=wide,
         projector=projector,
         prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=merge),
         language=raw,
@@ -113,14 +121,17 @@ def join(
             mx.eval(vlm.vision.parameters())
         elif eyes is not None and family is not None:
             block = stored_quantization(eyes.config)
+            seen = Holder(vision=build_vision(stored)) if wide != stored else vlm
             fill(
-                vlm,
+                seen,
                 eyes,
                 family.rename,
                 prefixes=("vision.",),
                 dtype=wanted,
                 quantization=rename_quantization(block, family.rename),
             )
+            if seen is not vlm:
+                carry(seen.vision, vlm.vision, (stored.table_grid, wide.table_grid))
         if fresh_language:
             mx.eval(vlm.language.parameters())
         else:

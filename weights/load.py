@@ -153,7 +153,7 @@ def load_encoder(
     """
     checkpoint, family = open_encoder(path_or_hub_id, revision, report)
     config, tiles = encoder_configs(checkpoint, family, feature_layer, feature_norm, tiling)
-    holder = _Holder(vision=build_vision(config))
+    holder = Holder(vision=build_vision(config))
     fill(
         holder,
         checkpoint,
@@ -185,7 +185,7 @@ def load_projected(
     width = language_width(config.language)
     merged = config.prompt.merge == "spatial_unpad"
     projector = build_projector(config.projector, config.vision, width, newline=merged)
-    holder = _Holder(vision=build_vision(config.vision), projector=projector)
+    holder = Holder(vision=build_vision(config.vision), projector=projector)
     fill(
         holder,
         checkpoint,
@@ -258,21 +258,13 @@ def encoder_configs(
     if isinstance(tiling, TilingConfig):
         tiles = tiling
     elif tiling:
-        fields = dict(tiling)
-        if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
-            own = ("image_size", "resize", "resample", "background")
-            tiles = TilingConfig(**{name: getattr(tiles, name) for name in own})
+        tiles = retiled(tiles, tiling, config.image_mean)
+        if "type" in tiling:
             tiles.patch_size = config.patch_size
-            if fields["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+            if tiling["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
                 # A tower of one grid takes others with its positions resized.
                 rule = config.positions if config.takes_any_grid else "bicubic"
                 config = dataclasses.replace(config, positions=rule)
-            if fields["type"] == "centred":
-                mean = tuple(int(255 * value) for value in config.image_mean)
-                fields.setdefault("background", mean)
-        if "resize" in fields and "background" not in fields:
-            tiles = tiles.resized(fields.pop("resize"), config.image_mean)
-        tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")
     if feature_layer is not None:
         config = dataclasses.replace(config, vision_feature_layer=feature_layer)
         last = config.num_layers_used == config.num_hidden_layers
@@ -280,6 +272,19 @@ def encoder_configs(
     if feature_norm is not None:
         config = dataclasses.replace(config, vision_feature_norm=feature_norm)
     return config, tiles
+
+
+def retiled(
+    tiles: TilingConfig, fields: dict[str, Any], image_mean: tuple[float, ...]
+) -> TilingConfig:
+    """The same with some fields changed, of another type with none of its tiles."""
+    own = dataclasses.asdict(tiles)
+    if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
+        own = {name: own[name] for name in ("image_size", "resize", "resample", "background")}
+    padded = fields.get("resize") == "pad" or fields.get("type") == "centred"
+    if padded and "background" not in fields:  # the encoder's mean colour
+        own["background"] = TilingConfig().resized("pad", image_mean).background
+    return read_dataclass(TilingConfig, {**own, **fields}, "tiling")
 
 
 def model_config(checkpoint: Checkpoint, family: ModuleType) -> ModelConfig:
@@ -420,7 +425,7 @@ def _check_not_unfinished(folder: Path) -> None:
         )
 
 
-class _Holder(nn.Module):
+class Holder(nn.Module):
     """Parts under the names that they have in a whole model."""
 
     def __init__(self, **parts: Any):

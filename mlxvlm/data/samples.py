@@ -187,7 +187,7 @@ def prepare(
                 parts, images = normalize_messages(record.messages, record.images)
                 found = [cut_of(name, len(images)) for name in images]
                 cuts = [known.setdefault(cut, cut) for cut in found]
-                counts = [spelling(config, cut) for cut in cuts]
+                counts = [spelling(config, cut, at) for at, cut in enumerate(cuts)]
                 rows.append(_Row(where, record, parts, list(images), cuts, counts))
             except VLMError as error:
                 skipped.append(skip(where, error))

@@ -9,6 +9,7 @@
     dynamic.py     InternVL's tiles
     whole.py       EVE's view in the picture's own shape, and its teacher's
     anyres.py      LLaVA-NeXT's and LLaVA-1.5-HD's
+    cover.py       MM1.5's
     slices.py      MiniCPM-V's and LLaVA-UHD's, which differ in size
     picture.py     `Picture`, `Features`, and how a picture is cut into views
 

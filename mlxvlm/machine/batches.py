@@ -52,10 +52,11 @@ def with_fewer_visual(sample: Sample, visual: Callable[[Cut], int]) -> Sample:
     keep = np.ones(len(tokens), np.bool_)
     slots, gone = [], 0
     for (start, length), cut in zip(sample.slots, sample.cuts, strict=True):
-        kept = visual(cut)
-        keep[start + kept : start + length] = False
-        slots.append((start - gone, kept))
-        gone += length - kept
+        places = start + np.flatnonzero(tokens[start : start + length] == tokens[start])
+        fewer = places[visual(cut) :]
+        keep[fewer] = False
+        slots.append((start - gone, length - len(fewer)))
+        gone += len(fewer)
     prefix = int(keep[: sample.prefix].sum())
     return Sample(
         tokens[keep],
