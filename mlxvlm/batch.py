@@ -13,13 +13,15 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .errors import ConfigError, VLMError
 from .language.generate import (
     PREFILL_STEP_SIZE,
+    Prefill,
     Sampling,
     check_settings,
     decoder_of_many,
-    prefill,
 )
 from .language.kv import KVSettings, make_caches
 from .reply import Draft, Reply, generate, room, with_defaults
@@ -153,7 +155,8 @@ def _read(
     step = settings.get("prefill_step_size", PREFILL_STEP_SIZE)
     detokenizer = vlm.tokenizer.detokenizer()
     draft = Draft(len(prompt.tokens), 0, started, stop_ids, StopStrings(stop), detokenizer)
-    first = sampling.first(prefill(vlm.language, sampling.ids, embeddings, caches, step))
+    prefill = Prefill(vlm.language, sampling.ids, embeddings, caches, step)
+    first = int(np.array(sampling.draw(prefill.ids, prefill.finish()))[0])
     draft.add(first)
     if draft.stopped or most == 1:
         return _done(draft)

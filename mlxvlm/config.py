@@ -86,6 +86,11 @@ class TilingConfig:
                 f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
                 "must be at least 1, the first at most the second."
             )
+        if self.varied and not 1 <= self.patch_size <= self.image_size:
+            raise ConfigError(
+                f"tiling.patch_size (={self.patch_size}) must lie between 1 and tiling.image_size "
+                f"(={self.image_size})."
+            )
         if self.type != "single" and self.resize != "squash":
             raise ConfigError(
                 f"tiling.resize (={self.resize!r}) must be 'squash' for {self.type} tiles."
@@ -207,7 +212,8 @@ class VisionConfig:
         )
         _one_of("vision.norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         _one_of("vision.positions", self.positions, POSITIONS)
-        if self.position_grid not in (0, self.grid) and not self.takes_any_grid:
+        grids = (0, self.grid)
+        if self.position_grid < 0 or (self.position_grid not in grids and not self.takes_any_grid):
             raise ConfigError(
                 f"vision.position_grid (={self.position_grid}) must be {self.grid}, the grid of a "
                 "view, or vision.positions must be 'buckets' or 'bicubic'."

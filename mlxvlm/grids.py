@@ -16,10 +16,10 @@ from collections.abc import Callable, Hashable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import ModelConfig, TilingConfig
+from .config import TilingConfig
 from .dtypes import dtype_of
 from .errors import PromptError
-from .images.picture import Cut
+from .images.picture import Cut, Features
 from .images.slices import view_sizes
 
 Grid = tuple[int, int]
@@ -69,15 +69,22 @@ def by_key(
     return [found[place] for place in range(len(views))]
 
 
-def project(
-    projector: nn.Module, config: ModelConfig, views: Views, cuts: Sequence[Cut] = ()
-) -> mx.array:
-    """[views, tokens, D] embeddings of the views of pictures cut so.
+def feature_grids(tiling: TilingConfig, found: Sequence[Features]) -> list[Grid] | None:
+    """(rows, columns) of patches of each view of features; None where all views are of one size."""
+    if not tiling.varied:
+        return None
+    return [
+        grid
+        for one in found
+        for grid in (view_grids(tiling, [one.cut]) if one.grids is None else one.grids)
+    ]
 
-    cuts: may be left out where all views are of one size.
-    """
+
+def project(projector: nn.Module, views: Views, grids: Sequence[Grid] | None) -> mx.array:
+    """[views, tokens, D] embeddings of views of (rows, columns) patches; None where all are of one
+    size."""
     dtype = dtype_of(projector)
-    if not config.varied:
+    if grids is None:
         if not isinstance(views, mx.array):
             shapes = sorted({tuple(view.shape) for view in views})
             raise PromptError(
@@ -85,7 +92,6 @@ def project(
                 "views are all of one size: they are another encoder's."
             )
         return projector(views.astype(dtype))
-    grids = view_grids(config.tiling, cuts)
     found = [len(view) for view in views]
     if found != [h * w for h, w in grids]:
         raise PromptError(

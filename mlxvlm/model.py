@@ -20,7 +20,7 @@ import numpy as np
 from .config import ModelConfig
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
-from .grids import Views, batched, project
+from .grids import Views, batched, feature_grids, project, view_grids
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
@@ -124,7 +124,8 @@ class VLM(nn.Module):
             if done and isinstance(views, mx.array):
                 parts.append(self.merge(views.astype(dtype_of(self.projector)), cuts))
             else:
-                parts.append(self.project_views(views, cuts))
+                grids = feature_grids(self.config.tiling, group)
+                parts.append(self.merge(project(self.projector, views, grids), cuts))
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def project_views(self, views: Views, cuts: Sequence[Cut] = ()) -> mx.array:
@@ -134,7 +135,8 @@ class VLM(nn.Module):
         cuts: how the pictures are cut, which `prompt.merge` "flat" of views of one size need not
         know.
         """
-        return self.merge(project(self.projector, self.config, views, cuts), cuts)
+        grids = view_grids(self.config.tiling, cuts) if self.config.varied else None
+        return self.merge(project(self.projector, views, grids), cuts)
 
     def merge(self, projected: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
         """[views, tokens_per_view, D] of pictures to [visual tokens, D]; cuts: as above."""
