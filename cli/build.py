@@ -11,12 +11,19 @@ from mlxvlm.errors import UsageError
 
 # Flags that not every projector has, and those that do.
 OWN_FLAGS = {
-    "num_query_tokens": ("--num-query-tokens", ("c_abstractor", "resampler")),
+    "num_query_tokens": (
+        "--num-query-tokens",
+        ("c_abstractor", "resampler", "spatial_resampler"),
+    ),
     "num_layers": ("--projector-layers", ("attention", "c_abstractor")),
-    "num_attention_heads": ("--projector-heads", ("attention", "resampler")),
+    "num_attention_heads": ("--projector-heads", ("attention", "resampler", "spatial_resampler")),
     "num_positions": ("--num-positions", ("attention",)),
     "layer_norm": ("--projector-norm", ("mlp",)),
 }
+
+
+# Tilings whose number of tiles may be limited.
+LIMITED = ("dynamic", "anyres-hd", "slices", "slices-uhd")
 
 
 def build(
@@ -29,10 +36,11 @@ def build(
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
     projector: Annotated[
-        Literal["attention", "mlp", "c_abstractor", "resampler"],
+        Literal["attention", "mlp", "c_abstractor", "resampler", "spatial_resampler"],
         typer.Option(
             help="Self-attention blocks; LLaVA's two linear layers; Honeybee's convolutions around "
-            "a pooling, as in MM1.5; or MiniCPM-V's queries, which look at every patch."
+            "a pooling, as in MM1.5; MiniCPM-V's queries, which look at every patch; or "
+            "LLaVA-UHD's, which look at their own part of the view."
         ),
     ] = "attention",
     pool: Annotated[
@@ -42,7 +50,9 @@ def build(
     num_query_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Visual tokens a view: c_abstractor's (a square) or resampler's. [144, 96]"
+            min=1,
+            help="Visual tokens a view: of c_abstractor or spatial_resampler (a square), or of "
+            "resampler. [144, 144, 96]",
         ),
     ] = None,
     projector_width: Annotated[
@@ -57,7 +67,7 @@ def build(
     projector_heads: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Heads of attention's blocks, or of resampler. [0: width / 64, / 128]"
+            min=0, help="Heads of attention's blocks, or of resamplers. [0: width / 64, / 128]"
         ),
     ] = None,
     projector_norm: Annotated[
@@ -76,9 +86,10 @@ def build(
         typer.Option(help="How a picture becomes a square. Default: the encoder's own way."),
     ] = None,
     tiling: Annotated[
-        Literal["single", "dynamic", "anyres", "anyres-hd"] | None,
+        Literal["single", "dynamic", "anyres", "anyres-hd", "slices", "slices-uhd"] | None,
         typer.Option(
             help="dynamic: InternVL's tiles. anyres: LLaVA-NeXT's, anyres-hd: LLaVA-1.5-HD's. "
+            "slices: MiniCPM-V's, slices-uhd: LLaVA-UHD's, both for a resampler. "
             "Default: the encoder's own, one view."
         ),
     ] = None,
@@ -86,7 +97,8 @@ def build(
         int | None,
         typer.Option(
             min=1,
-            help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd.",
+            help="Most tiles: 12 dynamic ones, which the pictures of a row share; 6 of anyres-hd; "
+            "9 slices, 7 of slices-uhd.",
         ),
     ] = None,
     min_tiles: Annotated[
@@ -149,8 +161,13 @@ def build(
     check_out(out, vision, language)
     limits = {"max_tiles": max_tiles, "min_tiles": min_tiles}
     limits = {name: given for name, given in limits.items() if given is not None}
-    if limits and tiling not in ("dynamic", "anyres-hd"):
-        raise UsageError("--max-tiles and --min-tiles belong to --tiling dynamic or anyres-hd.")
+    if limits and tiling not in LIMITED:
+        raise UsageError(
+            f"--max-tiles and --min-tiles belong to --tiling {', '.join(LIMITED[:-1])} or "
+            f"{LIMITED[-1]}."
+        )
+    if min_tiles is not None and tiling not in LIMITED[:2]:
+        raise UsageError("--min-tiles belongs to --tiling dynamic or anyres-hd.")
     if thumbnail is not None and tiling != "dynamic":
         raise UsageError("--thumbnail and --no-thumbnail belong to --tiling dynamic.")
     if grids and tiling != "anyres":
@@ -196,7 +213,7 @@ def build(
     tiles, views = vlm.config.tiling, ""
     if tiles.type != "single":
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
-        more = ", and the whole" if tiles.type == "anyres" else more
+        more = ", and the whole" if tiles.type in ("anyres", "slices") else more
         views = f", {tiles.min_tiles} to {tiles.max_tiles} tiles a picture{more}"
     typer.echo(
         f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view{views}. "

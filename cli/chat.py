@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlxvlm.cli.lines import text_of
+from mlxvlm.cli.parts import Language, Resize, Vision
 from mlxvlm.cli.talk import Talk, checked, loop, note
 from mlxvlm.errors import ConfigError, UsageError
 
@@ -51,7 +52,7 @@ def chat(
     ] = None,
     adapter_path: Annotated[
         str | None,
-        typer.Option("--adapter-path", metavar="DIR", help="Adapters that `mlxvlm lora` trained."),
+        typer.Option("--adapter-path", metavar="DIR", help="Adapters of `mlxvlm lora` or PEFT."),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -152,6 +153,9 @@ def chat(
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
     ] = None,
+    language: Language = None,
+    vision: Vision = None,
+    resize: Resize = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -255,6 +259,9 @@ def chat(
         dtype=dtype,
         revision=revision,
         report=lambda download: note(str(download)),
+        language=language,
+        vision=vision,
+        resize=resize or "",
     )
     if model is None and not as_json:
         about = vlm.config.about or "This is the small model that comes with mlxvlm."

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mlxvlm.cli.parts import Language, Resize, Vision
 from mlxvlm.errors import UsageError
 
 PARTS = ("language", "projector", "vision")
@@ -53,12 +54,16 @@ def convert(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    language: Language = None,
+    vision: Vision = None,
+    resize: Resize = None,
 ) -> None:
     """Write a model in mlxvlm's own layout, and quantise it with -q.
 
-    Reads every layout that chat does: LLaVA's, transformers', mlx-community's, our own. Without -q
-    and --dtype nothing is lost: logits stay the same bit for bit. Tower and projector stay as they
-    are unless --q-parts names them.
+    Reads every layout that chat does: LLaVA's, XTuner's, transformers', mlx-community's, our own;
+    of LLaVA's and XTuner's exports the adapters are merged. Without -q and --dtype nothing is lost:
+    logits stay the same bit for bit. Tower and projector stay as they are unless --q-parts names
+    them.
     """
     given = {
         "--q-bits": q_bits,
@@ -86,6 +91,9 @@ def convert(
         quantisation=wanted if quantize else None,
         parts=parts,
         revision=revision,
+        language=language,
+        vision=vision,
+        resize=resize or "",
         report=lambda download: typer.echo(str(download), err=True),
     )
     typer.echo(f"Saved {out}: {amount(done.bytes)}, {done.bits_per_weight:.2f} bits a weight.")

@@ -6,11 +6,24 @@ from typing import Annotated
 
 import typer
 
+from mlxvlm.cli.parts import Language, Vision
+
 
 def fuse(
-    model: Annotated[str, typer.Option("--model", "-m", help="Model that the adapters belong to.")],
-    adapter_path: Annotated[str, typer.Option(help="Folder that `mlxvlm lora` wrote.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Model that the adapters belong to, or LLaVA's or XTuner's export with adapters.",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="Folder for the fused model.")],
+    adapter_path: Annotated[
+        str | None,
+        typer.Option(help="Folder that `mlxvlm lora` or PEFT wrote; an export holds its own."),
+    ] = None,
+    language: Language = None,
     requantize: Annotated[
         bool,
         typer.Option(
@@ -19,34 +32,33 @@ def fuse(
             "was learnt is rounded away.",
         ),
     ] = False,
+    vision: Vision = None,
 ) -> None:
     """Merge adapters into their model.
 
     A quantised layer under an adapter becomes an ordinary one, so that nothing learnt is lost, and
     the model grows; --requantize keeps it small.
     """
-    from mlxvlm.config import is_adapter
-    from mlxvlm.language import lora
-    from mlxvlm.vision.encoder import tensors_of
-    from mlxvlm.weights.join import check_out
-    from mlxvlm.weights.load import load
-    from mlxvlm.weights.save import save
+    from mlxvlm.weights.fuse import fuse
 
-    check_out(out, model, adapter_path)
-    vlm = load(model, adapter=adapter_path)
-    before = sum(x.nbytes for name, x in tensors_of(vlm) if not is_adapter(name))
-    quantised = lora.fuse(vlm, requantise=requantize)
-    after = sum(x.nbytes for _, x in tensors_of(vlm))
-    save(vlm, out)
-    typer.echo(f"Saved {out}, {after / 1e9:.2f} GB. Talk to it: mlxvlm chat -m {out}")
-    if quantised and requantize:
+    fused = fuse(
+        model,
+        out,
+        adapter_path,
+        language=language,
+        vision=vision,
+        requantise=requantize,
+        report=lambda download: typer.echo(str(download), err=True),
+    )
+    typer.echo(f"Saved {out}. Talk to it: mlxvlm chat -m {out}")
+    if fused.quantised and requantize:
         typer.echo(
-            f"{quantised} layers under adapters were quantised again, as they were: part of what "
-            "was learnt is rounded away. Without --requantize they stay whole."
+            f"{fused.quantised} layers under adapters were quantised again, as they were: part of "
+            "what was learnt is rounded away. Without --requantize they stay whole."
         )
-    elif quantised:
+    elif fused.quantised:
         typer.echo(
-            f"{quantised} quantised layers under adapters are unquantised now, so that nothing "
-            f"learnt is lost: {after / 1e9:.2f} GB instead of {before / 1e9:.2f}. --requantize "
-            "keeps them small, and rounds part of it away."
+            f"{fused.quantised} quantised layers under adapters are unquantised now, so that "
+            f"nothing learnt is lost: {fused.after / 1e9:.2f} GB instead of "
+            f"{fused.before / 1e9:.2f}. --requantize keeps them small, and rounds part of it away."
         )

@@ -128,6 +128,15 @@ def page(stage: str, plan: Plan, hours: float | None = None) -> str:
     text += ["", *_time(plan, hours), "", *_disk(plan)]
     if plan.encoder_share:
         text += ["", *_economics(plan)]
+    if plan.resized:
+        ours, before = plan.resized
+        text += [
+            "",
+            f"Pictures: resized by {ours!r} in this stage, by {before!r} in the model that it "
+            "starts from. A cache is of",
+            f"one way: make this stage's with `mlxvlm cache-embeddings --resize {ours}`; one of "
+            f"{before!r} is refused.",
+        ]
     if not plan.fits:
         text += ["", *_remedies(plan)]
     return "\n".join(line.rstrip() for line in text)

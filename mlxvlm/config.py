@@ -23,8 +23,17 @@ FORMAT_VERSION = 1
 POOLS = {"none": 1, "mean2": 2, "concat2": 2, "concat2_columns": 2, "concat3": 3}
 # Vision towers whose first token stands for the whole view.
 CLASS_TOKENS = ("clip_vision_model", "internvl_vision")
+# Projectors that take views of any grid, and give the same number of tokens for each.
+TAKE_GRIDS = ("resampler", "spatial_resampler")
+# Vision towers that may take views of any height and width.
+TAKE_ANY_GRID = ("siglip_vision_model", "clip_vision_model")
+# What a tower does with its table of learned positions; views of any grid go with the last two.
+POSITIONS = ("fixed", "buckets", "bicubic")
 # Projectors that give so many tokens a view, whatever the encoder gives them.
-NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96}
+NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96, "spatial_resampler": 144}
+# Of these, those whose tokens are a square of them.
+SQUARE = ("c_abstractor", "spatial_resampler")
+PROJECTORS = ("attention", "mlp", *NUM_QUERY_TOKENS)
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -36,9 +45,12 @@ class TilingConfig:
     """How a picture becomes views, as `images.tiling` does it.
 
     type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
-        picture's aspect ratio, as InternVL) or "anyres" (the whole, and a canvas of tiles with the
-        picture in its middle, as LLaVA-NeXT).
-    image_size: side of a view in pixels.
+        picture's aspect ratio, as InternVL), "anyres" (the whole, and a canvas of tiles with the
+        picture in its middle, as LLaVA-NeXT) or "slices" (an overview and a grid of slices, in the
+        shapes that they have, as MiniCPM-V and LLaVA-UHD).
+    image_size: side of a view in pixels; of slices, the square root of about their pixels.
+    patch_size: what the sides of slices are multiples of, in pixels.
+    rounding: how slices come to such sides: "nearest" (MiniCPM-V) or "down" (LLaVA-UHD).
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
         Of several views, the whole and dynamic tiles are squashed.
@@ -60,16 +72,24 @@ class TilingConfig:
     max_tiles: int = 12
     use_thumbnail: bool = True
     grids: tuple[tuple[int, int], ...] = ()
+    patch_size: int = 14
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres"))
+        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres", "slices"))
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
+        _one_of("tiling.rounding", self.rounding, ("nearest", "down"))
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ConfigError(
                 f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
                 "must be at least 1, the first at most the second."
+            )
+        if self.varied and not 1 <= self.patch_size <= self.image_size:
+            raise ConfigError(
+                f"tiling.patch_size (={self.patch_size}) must lie between 1 and tiling.image_size "
+                f"(={self.image_size})."
             )
         if self.type != "single" and self.resize != "squash":
             raise ConfigError(
@@ -94,6 +114,11 @@ class TilingConfig:
             tiles = [columns * rows for columns, rows in self.grids]
             self.min_tiles, self.max_tiles = min(tiles), max(tiles)
 
+    @property
+    def varied(self) -> bool:
+        """Whether views differ in height and width."""
+        return self.type == "slices"
+
     def resized(self, resize: str, image_mean: tuple[float, ...]) -> TilingConfig:
         """The same with another `resize`; a padded canvas has the encoder's mean colour."""
         background = tuple(int(255 * value) for value in image_mean[:3])
@@ -102,10 +127,12 @@ class TilingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that views depend on, as plain JSON values."""
+        of_slices = ("patch_size", "rounding")
         unused = {
-            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids"),
-            "dynamic": ("resize", "background", "grids"),
-            "anyres": ("resize", "use_thumbnail"),
+            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids", *of_slices),
+            "dynamic": ("resize", "background", "grids", *of_slices),
+            "anyres": ("resize", "use_thumbnail", *of_slices),
+            "slices": ("resize", "background", "min_tiles", "use_thumbnail", "grids"),
         }[self.type]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         return json.loads(json.dumps(fields))
@@ -128,6 +155,8 @@ TILINGS: dict[str, dict[str, Any]] = {
         "background": (0, 0, 0),
         "max_tiles": 6,
     },
+    "slices": {"type": "slices", "resize": "squash", "max_tiles": 9},
+    "slices-uhd": {"type": "slices", "resize": "squash", "max_tiles": 7, "rounding": "down"},
 }
 
 
@@ -141,6 +170,11 @@ class VisionConfig:
     vision_feature_select_strategy: "full" (every token) or "default" (drop the first: CLIP's class
         token, and on SigLIP, as transformers does, a patch).
     vision_use_head: whether the checkpoint carries SigLIP's attention-pooling head.
+    positions: how views get learned positions: "fixed" (all are image_size squares, a position for
+        each patch), or views of any grid, from a square table: "buckets" (a patch has the entry at
+        its share of the height and width, as NaViT and Idefics2) or "bicubic" (the table is resized
+        to the view's grid, as LLaVA-UHD).
+    position_grid: side of that table, in patches; 0 means that of image_size.
     norm_type, attention_bias, use_qk_norm: InternViT's "layer_norm" or "rms_norm", biases of
         queries, keys and values, and whether queries and keys are normed over their full width.
     image_mean, image_std: the encoder normalises uint8 views as (x / 255 - mean) / std.
@@ -160,6 +194,8 @@ class VisionConfig:
     vision_feature_norm: bool = True
     vision_feature_select_strategy: str = "full"
     vision_use_head: bool = False
+    positions: str = "fixed"
+    position_grid: int = 0
     norm_type: str = "layer_norm"
     attention_bias: bool = True
     use_qk_norm: bool = False
@@ -175,6 +211,18 @@ class VisionConfig:
             ("siglip_vision_model", "clip_vision_model", "internvl_vision"),
         )
         _one_of("vision.norm_type", self.norm_type, ("layer_norm", "rms_norm"))
+        _one_of("vision.positions", self.positions, POSITIONS)
+        grids = (0, self.grid)
+        if self.position_grid < 0 or (self.position_grid not in grids and not self.takes_any_grid):
+            raise ConfigError(
+                f"vision.position_grid (={self.position_grid}) must be {self.grid}, the grid of a "
+                "view, or vision.positions must be 'buckets' or 'bicubic'."
+            )
+        if self.takes_any_grid and self.model_type not in TAKE_ANY_GRID:
+            raise ConfigError(
+                f"vision.positions (={self.positions!r}) must be 'fixed' for {self.model_type}: "
+                f"only {' and '.join(TAKE_ANY_GRID)} take views of any grid."
+            )
         _one_of(
             "vision.vision_feature_select_strategy",
             self.vision_feature_select_strategy,
@@ -198,10 +246,20 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def table_grid(self) -> int:
+        """Side of the square table of learned positions, in patches."""
+        return self.position_grid or self.grid
+
+    @property
     def num_layers_used(self) -> int:
         """How many blocks run before the feature layer is reached."""
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
+
+    @property
+    def takes_any_grid(self) -> bool:
+        """Whether views may be of any height and width, and not image_size squares alone."""
+        return self.positions != "fixed"
 
     @property
     def has_class_token(self) -> bool:
@@ -221,10 +279,11 @@ class ProjectorConfig:
 
     type: "attention" (Linear -> width, `num_layers` pre-norm self-attention blocks within a view,
         norm, Linear -> language width), "mlp" (LLaVA's Linear, GELU, Linear), "c_abstractor"
-        (Honeybee's and MM1's: residual convolutions around an adaptive average pooling) or
-        "resampler" (Qwen-VL's and MiniCPM-V's: learned queries look at every patch).
+        (Honeybee's and MM1's: residual convolutions around an adaptive average pooling),
+        "resampler" (Qwen-VL's and MiniCPM-V's: learned queries look at every patch) or
+        "spatial_resampler" (LLaVA-UHD's: each looks at its own part of the view).
     hidden_size: the blocks' width; 0 means the encoder's, but the language model's for mlp and
-        resampler, and Honeybee's 1024 for c_abstractor.
+        the resamplers, and Honeybee's 1024 for c_abstractor.
     num_layers: self-attention blocks, or residual ones on each side of the abstractor's pooling;
         0 means 2 of the first, 3 of the second.
     num_attention_heads: 0 means hidden_size / 64, and / 128 for a resampler, which keeps Metal's
@@ -235,8 +294,8 @@ class ProjectorConfig:
         concat2, column after column); it comes first. InternVL's pixel unshuffle is concat2 in its
         second version, concat2_columns in its first.
     layer_norm: whether mlp begins with a LayerNorm over what `pool` gives, as InternVL's.
-    num_query_tokens: what c_abstractor (a square number) and resampler give for a view; 0 means 144
-        and 96. The others give what `pool` leaves.
+    num_query_tokens: what c_abstractor and spatial_resampler (a square number) and resampler give
+        for a view; 0 means 144, and 96 of the last. The others give what `pool` leaves.
     num_positions: size of attention's learned position table after the first Linear; 0 means none,
         because SigLIP's and CLIP's features know their places already.
     hidden_act: of attention, mlp and c_abstractor; empty means "silu" for the last, else "gelu".
@@ -257,7 +316,7 @@ class ProjectorConfig:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("projector.type", self.type, ("attention", "mlp", "c_abstractor", "resampler"))
+        _one_of("projector.type", self.type, PROJECTORS)
         _one_of("projector.pool", self.pool, tuple(POOLS))
         if self.layer_norm and self.type != "mlp":
             raise ConfigError(f"projector.layer_norm belongs to 'mlp', not to {self.type!r}.")
@@ -274,11 +333,16 @@ class ProjectorConfig:
             raise ConfigError(
                 f"projector.num_query_tokens (={self.num_query_tokens}) must be at least 1."
             )
-        if convolves and math.isqrt(self.num_query_tokens) ** 2 != self.num_query_tokens:
-            side = math.isqrt(self.num_query_tokens)
+        side = math.isqrt(self.num_query_tokens)
+        if self.type in SQUARE and side**2 != self.num_query_tokens:
             raise ConfigError(
                 f"projector.num_query_tokens (={self.num_query_tokens}) must be a square number "
-                f"for 'c_abstractor': {side**2} or {(side + 1) ** 2}."
+                f"for {self.type!r}: {side**2} or {(side + 1) ** 2}."
+            )
+        if self.type == "spatial_resampler" and self.pool != "none":
+            raise ConfigError(
+                f"projector.pool (={self.pool!r}) must be 'none' for 'spatial_resampler', whose "
+                "queries pool the patches themselves."
             )
 
 
@@ -290,9 +354,11 @@ class PromptConfig:
         tokenizer's own template).
     image_placement: "turn" (a picture stands where its user turn names it) or "sequence" (all
         pictures stand before the first token of text, as the Llama3-V blog has it).
-    merge: "flat" (a picture's views one after the other) or "spatial_unpad" (the whole, then its
+    merge: "flat" (a picture's views one after the other), "spatial_unpad" (the whole, then its
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
-        LLaVA-NeXT), for "anyres" tiles.
+        LLaVA-NeXT, for "anyres" tiles), or for "slices" "minicpm" (the overview, then the slices
+        in rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the
+        slices with commas between and newlines behind rows, then the overview: LLaVA-UHD).
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -314,7 +380,7 @@ class PromptConfig:
             ("llama-3", "vicuna_v1", "mistral", "internvl2_5", "plain", "chat_template"),
         )
         _one_of("prompt.image_placement", self.image_placement, ("turn", "sequence"))
-        _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad"))
+        _one_of("prompt.merge", self.merge, ("flat", "spatial_unpad", "minicpm", "uhd"))
 
 
 @dataclass
@@ -342,6 +408,18 @@ class ModelConfig:
                 f"vision.image_size (={self.vision.image_size}): the encoder has a fixed grid."
             )
 
+        check_slices(self.tiling, self.vision, self.projector.pool)
+        if self.varied and self.projector.type not in TAKE_GRIDS:
+            raise ConfigError(
+                "tiling.type 'slices' gives views of many shapes, which projector.type "
+                f"{self.projector.type!r} cannot take: choose {' or '.join(TAKE_GRIDS)}, whose "
+                "queries look at any grid of patches."
+            )
+        if self.prompt.merge in ("minicpm", "uhd") and not self.varied:
+            raise ConfigError(
+                f"prompt.merge {self.prompt.merge!r} lays out tiling.type 'slices', not "
+                f"{self.tiling.type!r}."
+            )
         if self.prompt.merge == "spatial_unpad":
             self._check_map()
 
@@ -351,11 +429,11 @@ class ModelConfig:
                 "prompt.merge 'spatial_unpad' lays out tiling.type 'anyres', not "
                 f"{self.tiling.type!r}."
             )
-        if self.projector.type == "resampler":
+        if self.projector.type in TAKE_GRIDS:
             raise ConfigError(
                 "any-resolution tiles are laid out as one map (prompt.merge 'spatial_unpad'), and "
-                "projector.type 'resampler' gives queries, which are none: choose 'c_abstractor' "
-                "for few tokens, or 'dynamic' tiles, which go with any projector."
+                f"projector.type {self.projector.type!r} gives queries, which are none: choose "
+                "'c_abstractor' for few tokens, or 'dynamic' tiles, which go with any projector."
             )
         if self.projector.pool == "concat2_columns":
             raise ConfigError(
@@ -376,6 +454,11 @@ class ModelConfig:
             self.tiling = self.tiling.resized(resize, self.vision.image_mean)
         if layout:
             self.prompt = dataclasses.replace(self.prompt, layout=layout)
+
+    @property
+    def varied(self) -> bool:
+        """Whether views differ in height and width, and so in what the encoder gives of them."""
+        return self.tiling.varied
 
     @property
     def tokens_per_view(self) -> int:
@@ -453,6 +536,32 @@ ADAPTER_LEAVES = ("lora_a", "lora_b", "m")
 def is_adapter(name: str) -> bool:
     """Whether a parameter is an adapter's own, and no part of the model that it is put on."""
     return name.rsplit(".", 1)[-1] in ADAPTER_LEAVES
+
+
+def check_slices(tiling: TilingConfig, vision: VisionConfig, pool: str) -> None:
+    """ConfigError where views of many shapes meet what takes one shape only."""
+    if not tiling.varied:
+        return
+    if not vision.takes_any_grid:
+        raise ConfigError(
+            "tiling.type 'slices' gives views of many shapes, and the vision tower's grid is "
+            "fixed: vision.positions must be 'buckets' or 'bicubic'."
+        )
+    if tiling.patch_size != vision.patch_size:
+        raise ConfigError(
+            f"tiling.patch_size (={tiling.patch_size}) must equal vision.patch_size "
+            f"(={vision.patch_size}): slices are cut in whole patches."
+        )
+    if pool != "none":
+        raise ConfigError(
+            f"pool (={pool!r}) needs views with one square grid of tokens, and tiling.type "
+            "'slices' gives many grids: choose 'none'."
+        )
+    if vision.num_tokens != vision.grid**2:
+        raise ConfigError(
+            "tiling.type 'slices' needs every patch of a view and nothing else: set "
+            "vision.vision_feature_select_strategy to 'default' for CLIP, 'full' for SigLIP."
+        )
 
 
 def pooled_tokens(vision: VisionConfig, pool: str) -> int:

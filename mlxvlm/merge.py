@@ -3,13 +3,19 @@
     flat            every view's tokens, one view after the other
     spatial_unpad   the whole's tokens, then the tiles' as one map: what lies in the canvas' padding
                     is left out, and each row ends with `image_newline` (LLaVA-NeXT)
+    minicpm         the overview, then the slices, with words of the vocabulary around each
+    uhd             the slices, with words of the vocabulary between them, then the overview
 
     whole  tile 1  tile 2        a b   A B | E F          a b c d  A B E F \\n  C D G H \\n
                                  c d   C D | G H    ->
 
-A merge says which token stands where, as numbers of rows of the views' tokens, and knows nothing
-but how each picture was cut: tokens are counted, and places made for them, before any picture is
-opened. A new merge is a row in MERGES.
+    overview, 2 x 2 slices       o   A B     <image>o</image><slice><image>A</image><image>B</image>
+                                     C D  ->      \\n<image>C</image><image>D</image></slice>
+                                          ->  A,B\\nC,D\\no
+
+A merge says which token stands where, as numbers of rows of the views' tokens, and which words
+stand between them. It knows nothing but how each picture was cut: tokens are counted, and places
+made for them, before any picture is opened. A new merge is a row in MERGES.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import numpy as np
 from .config import ModelConfig
 from .errors import PromptError
 from .images.picture import Cut
+from .prompts.pieces import Spelling
 
 # In an order: not a view's token, but `image_newline`.
 NEWLINE = -1
@@ -32,10 +39,11 @@ NEWLINE = -1
 
 class Merge(NamedTuple):
     """order: (cut, tokens a view) -> int32 [visual tokens], each a row of [views * tokens] or
-    NEWLINE. count: how many they are."""
+    NEWLINE. count: how many they are. spell: how they stand in a prompt; None is all together."""
 
     order: Callable[[Cut, int], np.ndarray]
     count: Callable[[Cut, int], int]
+    spell: Callable[[Cut, int], Spelling] | None = None
 
 
 def visual_tokens(config: ModelConfig, cut: Cut) -> int:
@@ -43,9 +51,17 @@ def visual_tokens(config: ModelConfig, cut: Cut) -> int:
     return MERGES[config.prompt.merge].count(cut, config.tokens_per_view)
 
 
+def spelling(config: ModelConfig, cut: Cut) -> Spelling:
+    """How a picture stands in a prompt: runs of visual tokens, and words between them."""
+    spell = MERGES[config.prompt.merge].spell
+    if spell is None:
+        return (visual_tokens(config, cut),)
+    return spell(cut, config.tokens_per_view)
+
+
 def unbroken(config: ModelConfig, cut: Cut) -> list[int]:
     """Lengths of the runs of a picture's visual tokens that no other token may part."""
-    if config.prompt.merge == "flat":
+    if config.prompt.merge != "spatial_unpad":
         return [config.tokens_per_view] * cut.views
     return [visual_tokens(config, cut)]
 
@@ -54,9 +70,8 @@ def merge_tokens(
     config: ModelConfig, tokens: mx.array, newline: mx.array | None, cuts: Sequence[Cut]
 ) -> mx.array:
     """[visual tokens, D] of the projected [views * tokens, D] of pictures cut so, in order."""
-    if config.prompt.merge == "flat":
+    if config.prompt.merge in IN_ORDER:
         return tokens
-    assert newline is not None  # a model that merges so is built with one
     order, each = MERGES[config.prompt.merge].order, config.tokens_per_view
     starts = np.cumsum([0] + [cut.views * each for cut in cuts])
     if starts[-1] != len(tokens):
@@ -68,10 +83,48 @@ def merge_tokens(
     rows = np.concatenate(
         [np.where(o < 0, NEWLINE, o + s) for o, s in zip(orders, starts, strict=False)]
     )
+    if newline is None:
+        return tokens[mx.array(rows.astype(np.int32))]
     # A row's end looks up row 0 unused, so that its gradient is a sum and not a scatter.
     found = tokens[mx.array(np.maximum(rows, 0).astype(np.int32))]
     ends = mx.array(rows == NEWLINE)[:, None]
     return mx.where(ends, newline, found)
+
+
+@lru_cache(1024)
+def _spell_minicpm(cut: Cut, tokens: int) -> Spelling:
+    """MiniCPM-V's: `get_slice_image_placeholder` in its finetune/dataset.py."""
+    view = ("<image>", tokens, "</image>")
+    if cut.views == 1:
+        return view
+    rows, columns = _slices(cut)
+    lines = ("\n", *view * columns) * rows
+    return (*view, "<slice>", *lines[1:], "</slice>")
+
+
+@lru_cache(1024)
+def _spell_uhd(cut: Cut, tokens: int) -> Spelling:
+    """LLaVA-UHD's "spatial schema" (Xu et al. 2024, section 3.3)."""
+    if cut.views == 1:
+        return (tokens,)
+    rows, columns = _slices(cut)
+    line = (*(tokens, ",") * (columns - 1), tokens, "\n")
+    return (*line * rows, tokens)
+
+
+@lru_cache(1024)
+def _uhd(cut: Cut, tokens: int) -> np.ndarray:
+    return np.roll(np.arange(cut.views * tokens, dtype=np.int32), -tokens)
+
+
+def _slices(cut: Cut) -> tuple[int, int]:
+    rows, columns = cut.grid
+    if rows * columns != cut.views - 1:
+        raise PromptError(
+            "a picture of slices has a view of the whole and one of each slice, but this one is "
+            f"{cut}."
+        )
+    return rows, columns
 
 
 def _flat(cut: Cut, tokens: int) -> np.ndarray:
@@ -125,4 +178,8 @@ def _padding(cut: Cut, side: int) -> tuple[int, int]:
 MERGES: dict[str, Merge] = {
     "flat": Merge(_flat, _count_flat),
     "spatial_unpad": Merge(_spatial_unpad, _count_spatial_unpad),
+    "minicpm": Merge(_flat, _count_flat, _spell_minicpm),
+    "uhd": Merge(_uhd, _count_flat, _spell_uhd),
 }
+# Merges whose visual tokens stand as the views do.
+IN_ORDER = ("flat", "minicpm")

@@ -20,11 +20,12 @@ import numpy as np
 from .config import ModelConfig
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
+from .grids import Views, batched, feature_grids, project, view_grids
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
 from .language.load import build_language, language_width
-from .merge import merge_tokens, unbroken, visual_tokens
+from .merge import merge_tokens, spelling, unbroken, visual_tokens
 from .projected import ProjectedEncoder
 from .projectors.build import build_projector
 from .prompts import Prompt, normalize_messages, render
@@ -106,7 +107,7 @@ class VLM(nn.Module):
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
         ]
-        counts = [visual_tokens(self.config, p.cut) for p in pictures]
+        counts = [spelling(self.config, p.cut) for p in pictures]
         prompt = render(parts, counts, self.tokenizer, self.config.prompt, add_generation_prompt)
         prompt.pictures = pictures
         return prompt
@@ -118,20 +119,24 @@ class VLM(nn.Module):
         parts = []
         for done, same in groupby(features, key=lambda found: found.projected):
             group = list(same)
-            views = mx.stack([mx.array(view) for found in group for view in found.views])
+            views = batched([mx.array(view) for found in group for view in found.views])
             cuts = [found.cut for found in group]
-            if done:
+            if done and isinstance(views, mx.array):
                 parts.append(self.merge(views.astype(dtype_of(self.projector)), cuts))
             else:
-                parts.append(self.project_views(views, cuts))
+                grids = feature_grids(self.config.tiling, group)
+                parts.append(self.merge(project(self.projector, views, grids), cuts))
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def project_views(self, views: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
-        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings.
+    def project_views(self, views: Views, cuts: Sequence[Cut] = ()) -> mx.array:
+        """[views, tokens, width] features of pictures to [visual tokens, D] embeddings; a list of
+        [tokens, width] where views differ in size.
 
-        cuts: how the pictures are cut, which `prompt.merge` "flat" need not know.
+        cuts: how the pictures are cut, which `prompt.merge` "flat" of views of one size need not
+        know.
         """
-        return self.merge(self.projector(views.astype(dtype_of(self.projector))), cuts)
+        grids = view_grids(self.config.tiling, cuts) if self.config.varied else None
+        return self.merge(project(self.projector, views, grids), cuts)
 
     def merge(self, projected: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
         """[views, tokens_per_view, D] of pictures to [visual tokens, D]; cuts: as above."""

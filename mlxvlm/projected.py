@@ -10,11 +10,10 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from .config import ModelConfig
-from .dtypes import dtype_of
+from .grids import batched, feature_grids, project
 from .images.picture import Features, Picture
 from .vision.encoder import Encoder, digest_of, tensors_of
 
@@ -25,7 +24,7 @@ class ProjectedEncoder:
 
     def __init__(self, encoder: Encoder, projector: nn.Module, config: ModelConfig, width: int):
         self.encoder, self.projector = encoder, projector
-        self.choice, self.tokens = config.projector, config.tokens_per_view
+        self.config, self.tokens = config, config.tokens_per_view
         self.tiling, self.width = encoder.tiling, width
 
     def look(
@@ -33,18 +32,23 @@ class ProjectedEncoder:
     ) -> list[Picture]:
         return self.encoder.look(images, max_tiles, allow_urls)
 
+    def shape_of(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """[tokens, width] of what a view of [H, W, 3] gives."""
+        return self.tokens, self.width
+
     def encode(self, pictures: list[Picture]) -> list[Features]:
         """Features of pictures, lazy: [tokens, width] a view, in the projector's dtype."""
-        dtype = dtype_of(self.projector)
         found = self.encoder.encode(pictures)
         for features in found:
-            views = mx.stack(features.views).astype(dtype)
-            features.views, features.projected = list(self.projector(views)), True
+            grids = feature_grids(self.tiling, [features])
+            views = project(self.projector, batched(features.views), grids)
+            features.views, features.projected = list(views), True
         return found
 
     def identity(self) -> dict[str, Any]:
         """The encoder's identity, the projector's choices, because heads or an adaptive pooling
         are in no tensor, and its tensors by name, shape, dtype and bytes."""
-        choices = {f"projector.{k}": v for k, v in dataclasses.asdict(self.choice).items()}
+        choice = dataclasses.asdict(self.config.projector)
+        choices = {f"projector.{k}": v for k, v in choice.items()}
         projector = digest_of(tensors_of(self.projector))
         return {**self.encoder.identity(), "at": "projector", "projector": projector, **choices}

@@ -32,6 +32,7 @@ from examples.shapes import (  # noqa: E402
     qa,
     questions,
     run,
+    textures,
     wording,
     world,
 )
@@ -241,6 +242,39 @@ def test_the_pictures_beside_the_recipe_are_scenes():
         small = np.asarray(drawing.draw(scene)).astype(int)
         again = np.asarray(drawn.resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
         assert abs(again - small).mean() < 6
+
+
+@pytest.mark.parametrize("sort", textures.SORTS, ids=lambda sort: sort.__name__)
+@pytest.mark.parametrize("side", [96, 192])
+def test_each_sort_of_texture_fills_the_picture(sort, side):
+    pictures = [sort(np.random.default_rng(seed), side) for seed in (0, 0, 1)]
+    assert {(image.size, image.mode) for image in pictures} == {((side, side), "RGB")}
+    again, other = (np.asarray(image) for image in pictures[1:])
+    assert pictures[0].tobytes() == again.tobytes()
+    for quarter in (again[: side // 2], again[side // 2 :], again[:, : side // 2]):
+        assert quarter.std() > 2
+    assert (again != other).mean() > 0.02
+
+
+def test_pictures_with_nothing_drawn_are_of_all_sorts():
+    names = []
+
+    def counted(sort):
+        return lambda rng, side: (names.append(sort.__name__), sort(rng, side))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textures, "SORTS", tuple(counted(sort) for sort in textures.SORTS))
+        pictures = [textures.picture(seed, 24) for seed in range(300)]
+    shares = [names.count(sort.__name__) / 300 for sort in textures.SORTS]
+    assert np.allclose(shares, textures.SHARES, atol=0.08) and sum(textures.SHARES) == 1
+    grey = [np.ptp(np.asarray(image, int), axis=2).max() < 2 for image in pictures]
+    assert 0.05 < np.mean(grey) < 0.25
+
+
+def test_some_training_pictures_show_nothing():
+    kinds = [scene.kind for scene in data.scenes("train", 1500)]
+    expected = world.SHARES["texture"] + data.NOTHING
+    assert 0.7 * expected < kinds.count("texture") / 1500 < 1.6 * expected
 
 
 def test_splits_share_no_seed():
@@ -500,6 +534,17 @@ def test_boxes_are_those_of_the_ink():
                 assert abs(int(said) - 1000 * seen / world.SIZE) <= STEP, (scene.seed, asked)
             checked += 1
     assert checked > 100
+
+
+def test_boxes_are_asked_of_scenes_that_lie_as_drawn():
+    shots = [shoot(scene) for scene in SCENES]
+    assert any(shot.map is not None for shot in shots)
+    for shot in shots:
+        found = data.boxes(shot, 2)
+        assert len(found) <= 2 and all("box" in qa.ask for qa in found)
+        if shot.map is not None or shot.scene.kind not in ("shapes", "texture"):
+            assert not found
+    assert len(data.boxes(as_drawn(first("shapes")), 1)) == 1
 
 
 def test_coordinates_are_the_nearest_step_and_stay_below_a_thousand():

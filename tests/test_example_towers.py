@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from examples.shapes import encoder, readout, sigmoid, thaw, world  # noqa: E402
+from examples.shapes.camera import as_drawn  # noqa: E402
 from examples.shapes.drawing import draw  # noqa: E402
 from mlxvlm.cli.main import app  # noqa: E402
 from mlxvlm.weights.load import load_encoder, load_siglip  # noqa: E402
@@ -27,6 +28,7 @@ SMALL = dataclasses.replace(
 )
 TOKENIZER = sigmoid.make_tokenizer()
 SCENES = [world.make_scene(seed) for seed in range(300)]
+SHOTS = [as_drawn(scene) for scene in SCENES[:5]]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def softplus(x):
 
 
 def test_the_loss_is_the_papers(model):
-    shown, ids = sigmoid.batch(TOKENIZER, SCENES[:5])
+    shown, ids = sigmoid.batch(TOKENIZER, SHOTS[:5])
     image = np.array(model.vision_model.pooled(shown), np.float64)
     text = np.array(model.text_model(ids), np.float64)
     image /= np.linalg.norm(image, axis=-1, keepdims=True)
@@ -101,7 +103,7 @@ def test_captions_fit_and_every_word_of_them_is_known():
 def test_training_brings_pairs_together():
     mx.random.seed(0)
     model = sigmoid.make_model(TOKENIZER, SMALL)
-    shown, ids = sigmoid.batch(TOKENIZER, SCENES[:4])
+    shown, ids = sigmoid.batch(TOKENIZER, SHOTS[:4])
     losses = [
         value
         for _, value in encoder.fit(model, sigmoid.loss, iter([(shown, ids)] * 120), 120, 3e-3)
@@ -115,7 +117,7 @@ def test_training_brings_pairs_together():
 
 def test_the_folder_loads_whole_and_as_a_tower(model, saved):
     whole, tokenizer, tiling = load_siglip(saved)
-    shown, ids = sigmoid.batch(TOKENIZER, SCENES[:3])
+    shown, ids = sigmoid.batch(TOKENIZER, SHOTS[:3])
     texts = [sigmoid.caption(scene) for scene in SCENES[:3]]
     assert (tokenizer(texts) == np.array(ids)).all()
     assert mx.array_equal(whole.logits(shown, ids), model.logits(shown, ids))

@@ -93,7 +93,46 @@ def test_download_is_told_before_it_starts(hub: Hub) -> None:
     for call in hub.calls:
         assert call["revision"] == "v1"
         assert call["allow_patterns"] == ALLOW and call["ignore_patterns"] == IGNORE
-    assert not any("bin" in pattern or "py" in pattern for pattern in ALLOW)
+    assert not any("bin" in pattern or "*.py" in pattern for pattern in ALLOW)
+
+
+def test_what_is_fetched_of_a_repository() -> None:
+    """Its own files, and of folders XTuner's alone."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = {
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+        "xtuner_config.py",
+        "projector/config.json",
+        "projector/model.safetensors",
+        "llm/model.safetensors",
+        "llm_adapter/adapter_model.safetensors",
+        "visual_encoder/preprocessor_config.json",
+        "visual_encoder_adapter/adapter_config.json",
+    }
+    others = {
+        "modeling_llava.py",
+        "pytorch_model.bin",
+        "projector/modeling_projector.py",
+        "projector/pytorch_model.bin",
+        "onnx/config.json",
+        "original/params.json",
+        "language/config.json",
+        "pytorch/config.json",
+        "vision/config.json",
+        "vit/config.json",
+        "visual/config.json",
+        "llm/onnx/config.json",
+        "gguf/projector/config.json",
+        "consolidated.safetensors",
+        "adapters.safetensors",
+    }
+    found = filter_repo_objects(
+        sorted(wanted | others), allow_patterns=ALLOW, ignore_patterns=IGNORE
+    )
+    assert set(found) == wanted
 
 
 def test_what_is_cached_is_not_told(hub: Hub) -> None:
@@ -162,8 +201,11 @@ def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fails(hub_errors.OfflineModeIsEnabled("offline"))
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set.*'v2'.*not in the local cache"):
         resolve(REPO, revision="v2")
-    (hub.folder / "config.json").unlink()  # a snapshot of other files
     hub.fails(hub_errors.OfflineModeIsEnabled("offline"), cached=True)
+    (hub.folder / "projector").mkdir()
+    (hub.folder / "config.json").rename(hub.folder / "projector" / "config.json")
+    assert resolve(REPO) == hub.folder  # XTuner's
+    (hub.folder / "projector" / "config.json").unlink()  # a snapshot of other files
     with pytest.raises(HubError, match="not in the local cache"):
         resolve(REPO)
 

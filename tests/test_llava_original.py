@@ -21,7 +21,7 @@ from mlxvlm.weights.save import save
 GOLDEN = Path(__file__).parent / "golden"
 LLAVA = GOLDEN / "llava"
 PINPOINTS = [[14, 28], [28, 14], [28, 28], [42, 14], [14, 42]]
-VOCAB = 64
+VOCAB = 512  # the golden one has fewer rows than its tokenizer has ids
 PLACES = ("inside", "apart")
 
 
@@ -37,7 +37,9 @@ def original(folder: Path, tower: str = "inside", **changes: Any) -> Path:
         ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
     ):
         rest = rename(rest, old, new)
-    text = config["text_config"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rest[name] = mx.pad(rest[name], ((0, VOCAB - len(rest[name])), (0, 0)))
+    text = {**config["text_config"], "vocab_size": VOCAB}
     old_rope(text)
     apart = folder / "tower"
     raw = {
@@ -65,6 +67,7 @@ def original(folder: Path, tower: str = "inside", **changes: Any) -> Path:
         theirs = rename(vision, "vision_tower.", "vision_model.")
         whole = {"model_type": "siglip", "vision_config": config["vision_config"]}
         theirs["text_model.final_layer_norm.weight"] = mx.ones((3,))
+        theirs |= {"logit_scale": mx.ones((1,)), "logit_bias": mx.ones((1,))}
         write(apart, whole, theirs, preprocessor_config=processor)
     return write(folder / "model", {k: v for k, v in raw.items() if v is not None}, rest)
 
@@ -81,7 +84,8 @@ def test_it_gives_transformers_logits(tmp_path: Path, tower: str) -> None:
     assert vlm.config.prompt.image_token_id == VOCAB  # theirs is a row of the table: 63
     tokens = np.where(tokens == 63, VOCAB, tokens)
     found = np.array(vlm(tokens, [mlxvlm.Picture([view]) for view in np.array(io["pixels"])]))
-    assert np.abs(found - np.array(io["logits"])).max() < 1e-4
+    theirs = np.array(io["logits"])
+    assert np.abs(found[..., : theirs.shape[-1]] - theirs).max() < 1e-4
     assert vlm.config.prompt.layout == "vicuna_v1"
     assert not [name for name in vlm.config.language if name.startswith(("mm_", "image_"))]
 
@@ -171,3 +175,35 @@ def test_conversations_are_the_language_models(tmp_path: Path) -> None:
         mlxvlm.load(original(tmp_path / "l", model_type="llava")).config
         == mlxvlm.load(original(tmp_path / "ll")).config
     )
+
+
+def nan(tensors: dict[str, mx.array]) -> None:
+    tensors["model.mm_projector.2.bias"] = mx.full((32,), mx.nan)
+
+
+def short(tensors: dict[str, mx.array]) -> None:
+    tensors["model.mm_projector.2.bias"] = mx.zeros((31,))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda t: t.pop("model.mm_projector.0.weight"), "missing: projector.linear_1.weight"),
+        (lambda t: t.update(stray=mx.zeros((1,))), "unexpected: (vision.)?stray"),
+        (short, r"projector.linear_2.bias is \[31\] and should be \[32\]"),
+        (nan, "with NaN or infinite values: projector.linear_2.bias"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, harm: Any, told: str) -> None:
+    folder = original(tmp_path)
+    _, tensors = read(folder)
+    mx.eval(tensors)
+    harm(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    with pytest.raises(WeightsError, match=told):
+        mlxvlm.load(folder)
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model_type is 'llava_mpt', not one of"):
+        mlxvlm.load(original(tmp_path / "a", model_type="llava_mpt"))

@@ -618,3 +618,31 @@ def test_a_template_that_reads_typed_parts_only(closing):
     plain = render(messages, [], chatml(), config, closing)
     assert np.array_equal(typed.tokens, plain.tokens) and typed.supervised.any()
     assert np.array_equal(typed.supervised, plain.supervised)
+
+
+SPELLED = (3, ("<image>", 2, "</image>", "\n", 4), 1)
+
+
+def test_a_picture_may_be_spelled_out_with_words_between_its_views():
+    tokenizer = Tokenizer(byte_level(("<image>", "</image>", "<|endoftext|>")), None, {})
+    parts, _ = normalize_messages([user("a", None, "b", None, None, "c<image>")], ["x"] * 3)
+    config = PromptConfig("plain", image_token_id=IMAGE)
+    parts = [*parts, *normalize_messages([user("x"), says("Hi")], [])[0][1:]]
+    prompt = render(parts, list(SPELLED), tokenizer, config, False)
+    opens, closes = tokenizer.control["<image>"], tokenizer.control["</image>"]
+    (newline,) = tokenizer.encode("\n")[0]
+    tokens = prompt.tokens.tolist()
+    assert tokens[: 3 + 9 + 1] == [
+        *[IMAGE] * 3,
+        *[opens, IMAGE, IMAGE, closes, newline, *[IMAGE] * 4],
+        IMAGE,
+    ]
+    assert prompt.slots == [(0, 3), (4, 8), (12, 1)]
+    assert not prompt.supervised[:13].any() and (prompt.turns[:13] == -1).all()
+    # A word stands for itself, whatever a tokenizer writes before a text.
+    for scheme in ("legacy", "first", "always"):
+        ids = vicuna(scheme).encode_inside("\n")
+        assert [vicuna(scheme).backend.id_to_token(i) for i in ids] == ["<0x0A>"], scheme
+    assert vicuna().encode("\n")[0] != vicuna().encode_inside("\n")
+    with pytest.raises(PromptError, match="</image>, a control token"):
+        render(parts, list(SPELLED), vicuna(), config, False)

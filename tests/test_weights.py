@@ -657,3 +657,10 @@ def test_score_command(tmp_path: Path) -> None:
     )
     assert plain["scores"][0]["score"] == pytest.approx(values[0], rel=1e-5)
     assert f"{values[1]:7.2%}  blue" in run(command, *arguments).stdout
+
+
+def test_a_tokenizer_that_writes_ids_beyond_the_table_is_refused(tmp_path):
+    # MLX would read what lies behind the table, and training would write there.
+    vlm = mlxvlm.load(with_tokenizer(LLAVA), dtype="float32")
+    with pytest.raises(PromptError, match="embeddings for ids below 64: they do not belong"):
+        vlm.generate([{"role": "user", "content": "Hm"}], [picture(1)], max_tokens=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
@@ -93,6 +94,30 @@ def tiny_vlm(config: ModelConfig | None = None, seed: int = 1) -> VLM:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear = layer.self_attn[name]
             linear.weight = 3 * linear.weight
+    vlm.eval()
+    mx.eval(vlm.parameters())
+    return vlm
+
+
+def sliced_config(**changes: Any) -> ModelConfig:
+    """A tower that takes views of any grid, slices of about 32 x 32 pixels, four queries a view."""
+    tower = tiny_config().vision
+    parts: dict[str, Any] = {
+        "tiling": TilingConfig("slices", 32, max_tiles=6, patch_size=8),
+        "vision": dataclasses.replace(tower, positions="buckets", position_grid=10),
+        "projector": ProjectorConfig("resampler", num_query_tokens=4, num_attention_heads=2),
+    }
+    language = {**tiny_config().language, "max_position_embeddings": 4096}
+    return tiny_config(language=language, **{**parts, **changes})
+
+
+def sliced_vlm(config: ModelConfig | None = None, seed: int = 1) -> VLM:
+    """Random weights, under which every view and place in it matters."""
+    mx.random.seed(seed)
+    vlm = VLM(config or sliced_config(), tiny_tokenizer())
+    vlm.language.lm_head.weight = mx.random.normal(vlm.language.lm_head.weight.shape)
+    vlm.vision.embeddings.position_embedding.weight *= 2
+    vlm.projector.query = 20 * vlm.projector.query
     vlm.eval()
     mx.eval(vlm.parameters())
     return vlm

@@ -61,6 +61,9 @@ def convert(
     quantisation: Quantisation | None = None,
     parts: Sequence[str] = ("language",),
     revision: str | None = None,
+    language: str | None = None,
+    vision: str | None = None,
+    resize: str = "",
     report: Callable[[Download], Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
@@ -68,6 +71,7 @@ def convert(
 
     dtype: what floating tensors become, before any is quantised; by default as stored.
     quantisation: how the layers of `parts` (language, projector, vision) are quantised; None: not.
+    language, vision, resize: as in `load`.
     Memory holds what is written and the tensor at hand, so a model may be larger than it.
     """
     from mlxvlm.model import VLM
@@ -76,7 +80,10 @@ def convert(
     out = check_out(out, source)
     folder = resolve(source, revision, report)
     refuse_adapters(folder)
-    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
+    family, checkpoint, config, tokenizer = open_whole(
+        folder, report=report, language=language, vision=vision
+    )
+    config.override(resize)
     if quantisation is not None and (block := config.quantization) is not None:
         raise ConfigError(
             f"{folder} is quantised already ({block['bits']} bits, groups of "

@@ -161,6 +161,10 @@ def obstacles(vlm: VLM) -> list[str]:
         found.append(
             f"it pads pictures with {tiling.background}, and transformers with the encoder's mean"
         )
+    if vision.takes_any_grid:
+        found.append(
+            f"its tower resizes its table of positions (vision.positions {vision.positions!r})"
+        )
     if vision.vision_feature_norm:
         found.append(
             "the tower's final norm comes before its projector (vision.vision_feature_norm), and "

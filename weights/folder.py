@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import shlex
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
 from mlxvlm.config import read_json
 from mlxvlm.errors import WeightsError
+
+if TYPE_CHECKING:
+    from mlxvlm.weights.peft import LowRank
 
 SINGLE = "model.safetensors"
 ADAPTERS = "adapters.safetensors"
@@ -25,12 +28,16 @@ VISION_ADAPTERS = "vision_adapters.safetensors"
 PROJECTOR = "projector.safetensors"
 VISION = "vision.safetensors"
 INDEX = "model.safetensors.index.json"
+PEFT_ADAPTERS = "adapter_model.safetensors"
+# What LLaVA's trainer leaves of a run that kept its language model as it was, beside adapters.
+TRAINED = ("mm_projector.safetensors", "non_lora_trainables.safetensors")
 # safetensors files that are no part of a model's own weights.
-BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, "adapter_model.safetensors")
+BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, PEFT_ADAPTERS, *TRAINED)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Pickles that a trainer leaves beside a model: they hold no weights.
 OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 MAX_HEADER = 100_000_000
+Key = TypeVar("Key")
 
 # In a line for a shell: torch reads tensors only (weights_only), whatever else a pickle asks for.
 TO_SAFETENSORS = (
@@ -43,9 +50,10 @@ TO_SAFETENSORS = (
 
 @dataclass
 class Tensor:
-    """A tensor as its file's header describes it."""
+    """A tensor as its file's header describes it, `name` its name there."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -55,7 +63,8 @@ class Checkpoint:
     """A folder's config.json and the headers of its tensors; values are read by `read`.
 
     writer: the header's `format` entry, "mlx" or "pt", which tells how convolutions are laid out.
-    tower: the folder of a vision tower that lies elsewhere; its tensors are among these.
+    tower, language: the folders of a vision tower and a language model that lie elsewhere; their
+    tensors are among these. low_rank: what is added to tensors as they are read, by their names.
     """
 
     folder: Path
@@ -63,41 +72,63 @@ class Checkpoint:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     writer: str = ""
     tower: Path | None = None
+    language: Path | None = None
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
         folder = Path(folder)
         checkpoint = cls(folder, read_json(folder / "config.json"))
-        for file in weight_files(folder):
-            tensors, metadata = read_header(file)
-            checkpoint.tensors.update(tensors)
-            checkpoint.writer = metadata.get("format", checkpoint.writer)
+        checkpoint.add(weight_files(folder))
         return checkpoint
+
+    def add(self, files: Iterable[Path], prefix: str = "") -> None:
+        """Takes in the tensors of files, under their names after `prefix`."""
+        for file in files:
+            tensors, metadata = read_header(file)
+            self.tensors.update({prefix + name: tensor for name, tensor in tensors.items()})
+            self.writer = metadata.get("format", self.writer)
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         """The named tensors, not yet evaluated. Evaluate them before their files can change."""
         wanted = set(names)
-        found: dict[str, mx.array] = {}
-        for file in sorted({self.tensors[name].file for name in wanted}):
-            here = {name for name in wanted if self.tensors[name].file == file}
-            self._check_dtypes(here)
-            try:
-                arrays = mx.load(str(file))
-            except (RuntimeError, ValueError) as error:
-                raise WeightsError(f"{file} cannot be read: {error}.") from None
-            assert isinstance(arrays, dict)
-            found.update((name, arrays[name]) for name in here)
+        found = _arrays({name: self.tensors[name] for name in wanted}, self.folder)
+        parts = {
+            (name, part): tensor
+            for name in wanted & self.low_rank.keys()
+            for part, tensor in self.low_rank[name].tensors.items()
+        }
+        arrays = _arrays(parts, self.folder)
+        for name in wanted & self.low_rank.keys():
+            mine = {part: array for (owner, part), array in arrays.items() if owner == name}
+            found[name] = self.low_rank[name].added_to(found[name], **mine)
         return found
 
-    def _check_dtypes(self, names: set[str]) -> None:
-        bad = sorted(n for n in names if self.tensors[n].dtype not in DTYPES)
-        if bad:
-            kinds = sorted({self.tensors[n].dtype for n in bad})
-            raise WeightsError(
-                f"{self.folder}: tensors stored as {', '.join(kinds)} are not supported "
-                f"({bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}). "
-                "Use a checkpoint in bfloat16, float16 or float32."
-            )
+
+def _arrays(tensors: Mapping[Key, Tensor], where: Path) -> dict[Key, mx.array]:
+    """Lazy arrays of tensors, whatever they are called here."""
+    found: dict[Key, mx.array] = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        here = {key: tensor for key, tensor in tensors.items() if tensor.file == file}
+        _check_dtypes(here.values(), where)
+        try:
+            arrays = mx.load(str(file))
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{file} cannot be read: {error}.") from None
+        assert isinstance(arrays, dict)
+        found.update((key, arrays[tensor.name]) for key, tensor in here.items())
+    return found
+
+
+def _check_dtypes(tensors: Iterable[Tensor], where: Path) -> None:
+    bad = sorted((t.name, t.dtype) for t in tensors if t.dtype not in DTYPES)
+    if bad:
+        kinds = sorted({dtype for _, dtype in bad})
+        raise WeightsError(
+            f"{where}: tensors stored as {', '.join(kinds)} are not supported "
+            f"({bad[0][0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}). "
+            "Use a checkpoint in bfloat16, float16 or float32."
+        )
 
 
 class Outline(Checkpoint):
@@ -113,7 +144,7 @@ class Outline(Checkpoint):
         for file, header in headers.items():
             outline.writer = (header.get("__metadata__") or {}).get("format", outline.writer)
             outline.tensors.update(
-                (name, Tensor(folder / file, tuple(entry["shape"]), entry["dtype"]))
+                (name, Tensor(folder / file, name, tuple(entry["shape"]), entry["dtype"]))
                 for name, entry in header.items()
                 if name != "__metadata__"
             )
@@ -121,7 +152,7 @@ class Outline(Checkpoint):
 
     def read(self, names: Iterable[str]) -> dict[str, mx.array]:
         wanted = set(names)
-        self._check_dtypes(wanted)
+        _check_dtypes([self.tensors[name] for name in wanted], self.folder)
         return {
             name: mx.zeros(self.tensors[name].shape, MLX_DTYPES[self.tensors[name].dtype])
             for name in wanted
@@ -146,6 +177,20 @@ DTYPES = frozenset(MLX_DTYPES)
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder's model, or an error that says what is there instead."""
+    if found := whole_files(folder):
+        return found
+    pickles = sorted(
+        f.name
+        for f in folder.iterdir()
+        if f.suffix in PICKLES and not f.name.startswith(OF_TRAINING)
+    )
+    if pickles:
+        raise only_pickles(folder, pickles)
+    raise WeightsError(f"{folder} has no weights: no {SINGLE}, and no other .safetensors file.")
+
+
+def whole_files(folder: Path) -> list[Path]:
+    """The same; empty where there are none."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -162,21 +207,16 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return sorted(folder / name for name in names)
     found = sorted(f for f in folder.glob("*.safetensors") if f.name not in BESIDE)
-    whole = [f for f in found if not f.name.startswith("consolidated")] or found
-    if whole:
-        return whole
-    pickles = sorted(
-        f.name
-        for f in folder.iterdir()
-        if f.suffix in PICKLES and not f.name.startswith(OF_TRAINING)
+    return [f for f in found if not f.name.startswith("consolidated")] or found
+
+
+def only_pickles(folder: Path, names: list[str]) -> WeightsError:
+    """The error for what is there as pickles alone, with the way out."""
+    return WeightsError(
+        f"{folder} has its weights only as pickles ({', '.join(names[:3])}"
+        f"{', ...' if len(names) > 3 else ''}), which can run code when opened and are never "
+        f"loaded. {how_to_convert([folder / name for name in names])}"
     )
-    if pickles:
-        raise WeightsError(
-            f"{folder} has its weights only as pickles ({', '.join(pickles[:3])}"
-            f"{', ...' if len(pickles) > 3 else ''}), which can run code when opened and are never "
-            f"loaded. {how_to_convert([folder / name for name in pickles])}"
-        )
-    raise WeightsError(f"{folder} has no weights: no {SINGLE}, and no other .safetensors file.")
 
 
 def how_to_convert(pickles: Iterable[str | Path]) -> str:
@@ -216,7 +256,7 @@ def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = header.pop("__metadata__", None) or {}
         ends = [int(entry["data_offsets"][1]) for entry in header.values()]
         tensors = {
-            name: Tensor(file, tuple(entry["shape"]), entry["dtype"])
+            name: Tensor(file, name, tuple(entry["shape"]), entry["dtype"])
             for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):

@@ -15,9 +15,24 @@ from mlxvlm.amount import amount
 from mlxvlm.errors import HubError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-ALLOW = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+# xtuner_config.py is read as text.
+ALLOW = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "xtuner_config.py"]
+# The only folders of a repository that hold parts of a model begin so: XTuner's.
+PARTS = ("llm", "projector", "visual_encoder")
+
+
+def _other_folders() -> list[str]:
+    """Patterns of all files that lie in a folder which does not begin as PARTS do."""
+    stems = {name[:end] for name in PARTS for end in range(len(name))}
+    after = {s: "".join(sorted({n[len(s)] for n in PARTS if n.startswith(s)})) for s in stems}
+    longer = sorted(f"{stem}[!{after[stem]}]*/*" for stem in stems)
+    return ["*/*/*", *longer, *sorted(f"{stem}/*" for stem in stems if stem)]
+
+
 # Other formats of the same weights, and files of tools, lie in folders of their own.
-IGNORE = ["*/*", "consolidated*", "adapters.safetensors"]
+IGNORE = [*_other_folders(), "consolidated*", "adapters.safetensors"]
+# One of these is in every model's repository.
+CONFIGS = ("config.json", "projector/config.json")
 # What a download must leave free on the disk.
 SPARE = 1 << 30
 
@@ -86,7 +101,7 @@ def resolve_outline(
         cached = huggingface_hub.snapshot_download(
             repo, revision=revision, local_files_only=True, **options
         )
-        if any(Path(cached).glob("*.safetensors")):
+        if any(Path(cached).rglob("*.safetensors")):
             return Path(cached), None
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
@@ -136,7 +151,7 @@ def _from_hub(
             )
         return None if tensors else [name for name in names if not name.endswith(".safetensors")]
 
-    return fetch(repo, revision, snapshot, select, report, needs="config.json")
+    return fetch(repo, revision, snapshot, select, report, needs=CONFIGS)
 
 
 def fetch(
@@ -146,13 +161,13 @@ def fetch(
     select: Callable[[list[str]], list[str] | None],
     report: Callable[[Download], Any] | None = None,
     page: str | None = None,
-    needs: str = "",
+    needs: tuple[str, ...] = (),
 ) -> Path:
     """The folder of a repository in huggingface_hub's cache, fetched first if that is needed.
 
     snapshot: huggingface_hub.snapshot_download, but for its further options. select: of the names
     of the files that there are, those to fetch (none: nothing is), or None for all. page: its path
-    on huggingface.co. needs: a file without which what is cached counts for nothing.
+    on huggingface.co. needs: files, without one of which what is cached counts for nothing.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -240,7 +255,7 @@ def _cached(
     revision: str | None,
     snapshot: Callable[..., Any],
     select: Callable[[list[str]], list[str] | None],
-    needs: str,
+    needs: tuple[str, ...],
     why: str,
 ) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -250,7 +265,7 @@ def _cached(
     except (LocalEntryNotFoundError, OSError, ValueError):
         folder = None
     whole = folder is not None and (
-        (folder / needs).is_file()
+        any((folder / name).is_file() for name in needs)
         if needs
         else select([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
     )

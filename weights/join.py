@@ -71,7 +71,8 @@ def join(
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
-    merge = "spatial_unpad" if tiles.type == "anyres" else "flat"
+    # Any vocabulary has the comma and the newline between LLaVA-UHD's slices.
+    merge = {"anyres": "spatial_unpad", "slices": "uhd"}.get(tiles.type, "flat")
     config = ModelConfig(
         tiling=tiles,
         vision=dataclasses.replace(tower, vision_use_head=False),

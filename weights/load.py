@@ -17,13 +17,22 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.config import ModelConfig, TilingConfig, VisionConfig, read_dataclass, read_json
-from mlxvlm.errors import ConfigError, PromptError
+from mlxvlm.config import (
+    TAKE_ANY_GRID,
+    ModelConfig,
+    TilingConfig,
+    VisionConfig,
+    read_dataclass,
+    read_json,
+)
+from mlxvlm.errors import ConfigError, PromptError, UsageError
 from mlxvlm.projected import ProjectedEncoder
 from mlxvlm.projectors.build import build_projector
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.encoder import Encoder
 from mlxvlm.vision.siglip import Siglip
+from mlxvlm.weights import peft
+from mlxvlm.weights.elsewhere import Elsewhere
 from mlxvlm.weights.families import (
     clip,
     internvit,
@@ -31,8 +40,11 @@ from mlxvlm.weights.families import (
     llava,
     llava_next,
     llava_original,
+    llava_uhd,
+    minicpm,
     native,
     siglip,
+    xtuner,
 )
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, Outline
 from mlxvlm.weights.hub import Download, resolve, resolve_outline
@@ -43,7 +55,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, internvl)
+WHOLE = (native, llava, llava_next, llava_original, llava_uhd, xtuner, internvl, minicpm)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -54,21 +66,38 @@ def load(
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
     report: Report | None = None,
+    language: str | None = None,
+    vision: str | None = None,
+    resize: str = "",
 ) -> VLM:
     """A model from a folder or a hub id.
 
-    adapter: a folder that `mlxvlm lora` wrote. dtype: what floating tensors become; by default each
-    stays as stored, but a vision tower stored in float16 becomes float32 (it would overflow).
-    report: called with a `Download` before anything is fetched.
+    adapter: a folder that `mlxvlm lora` wrote, or PEFT for the model's own layout. dtype: what
+    floating tensors become; by default each stays as stored, but a vision tower stored in float16
+    becomes float32 (it would overflow). report: called with a `Download` before anything is
+    fetched. language, vision: where the parts lie that the folder leaves out (LLaVA's and XTuner's
+    exports); by default where it says. resize: how a picture becomes a square, in the stead of the
+    model's own way.
     """
     from mlxvlm.model import VLM
 
     wanted = parse_dtype(dtype)
+    if adapter is not None and _is_export(Path(adapter)):
+        raise UsageError(
+            f"{adapter} is what a whole run of LLaVA's or XTuner's left: give it as -m, and "
+            f"{path_or_hub_id} as --language if it is another than the one that it names."
+        )
     folder = resolve(path_or_hub_id, revision, report)
-    family, checkpoint, config, tokenizer = open_whole(folder, report=report)
+    family, checkpoint, config, tokenizer = open_whole(
+        folder, report=report, language=language, vision=vision
+    )
+    config.override(resize)
+    foreign = adapter is not None and peft.is_adapter(Path(adapter))
+    if foreign:
+        peft.attach(checkpoint, Path(adapter), family.rename)
     vlm = VLM(config, tokenizer)
     fill(vlm, checkpoint, family.rename, dtype=wanted, quantization=config.quantization)
-    if adapter is not None:
+    if adapter is not None and not foreign:
         from mlxvlm.weights.adapter import load_adapter
 
         load_adapter(vlm, adapter)
@@ -150,7 +179,7 @@ def load_projected(
 
     folder = resolve(path_or_hub_id, revision, report)
     family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = _checkpoint(folder, family, report)
+    checkpoint = _checkpoint(folder, family, Elsewhere(partial(resolve, report=report)))
     config = family.model(checkpoint)
     width = language_width(config.language)
     merged = config.prompt.merge == "spatial_unpad"
@@ -206,7 +235,7 @@ def open_encoder(
     """The checkpoint of an encoder, and its family."""
     folder = resolve(path_or_hub_id, revision, report)
     family = _family(folder, (*ENCODERS, *WHOLE), "a vision encoder")
-    return _checkpoint(folder, family, report), family
+    return _checkpoint(folder, family, Elsewhere(partial(resolve, report=report))), family
 
 
 def encoder_configs(
@@ -232,6 +261,11 @@ def encoder_configs(
         if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
             own = ("image_size", "resize", "resample", "background")
             tiles = TilingConfig(**{name: getattr(tiles, name) for name in own})
+            tiles.patch_size = config.patch_size
+            if fields["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+                # A tower of one grid takes others with its positions resized.
+                rule = config.positions if config.takes_any_grid else "bicubic"
+                config = dataclasses.replace(config, positions=rule)
         if "resize" in fields and "background" not in fields:
             tiles = tiles.resized(fields.pop("resize"), config.image_mean)
         tiles = read_dataclass(TilingConfig, {**dataclasses.asdict(tiles), **fields}, "tiling")
@@ -270,20 +304,27 @@ def open_whole(
     folder: Path,
     opened: Callable[[Path], Checkpoint] = Checkpoint.open,
     report: Report | None = None,
+    language: str | None = None,
+    vision: str | None = None,
 ) -> tuple[ModuleType, Checkpoint, ModelConfig, Tokenizer]:
-    """A whole model's family, checkpoint, choices and tokenizer; no tensor is read."""
+    """A whole model's family, checkpoint, choices and tokenizer; no tensor is read.
+
+    language, vision: as in `load`.
+    """
     from mlxvlm.language.tokenizer import Tokenizer
 
     family = _family(folder, WHOLE, "a vision-language model")
-    checkpoint = _checkpoint(folder, family, report, opened)
+    elsewhere = Elsewhere(partial(resolve, report=report), language, vision)
+    checkpoint = _checkpoint(folder, family, elsewhere, opened)
     config = model_config(checkpoint, family)
-    tokenizer = Tokenizer.load(folder)
-    if family is llava_original:
-        config.prompt.layout = llava_original.layout(checkpoint, tokenizer)
-    if family in (llava, llava_next):
+    tokenizer = Tokenizer.load(checkpoint.language or folder)
+    tokenizer.num_embeddings = config.language.get("vocab_size")
+    if family in (llava_original, llava_uhd):
+        config.prompt.layout = family.layout(checkpoint, tokenizer)
+    if family in (llava, llava_next, xtuner):
         choose_prompt(config, tokenizer, folder)
-    elif family is internvl:
-        internvl.find_image_token(config, checkpoint, tokenizer)
+    elif family in (internvl, minicpm):
+        family.find_image_token(config, checkpoint, tokenizer)
     return family, checkpoint, config, tokenizer
 
 
@@ -315,20 +356,28 @@ def _quantization(checkpoint: Checkpoint, family: ModuleType) -> dict[str, Any] 
 def _checkpoint(
     folder: Path,
     family: ModuleType,
-    report: Report | None = None,
+    elsewhere: Elsewhere,
     opened: Callable[[Path], Checkpoint] = Checkpoint.open,
 ) -> Checkpoint:
-    """What lies in a folder; with the vision tower, where its family keeps that elsewhere."""
-    checkpoint = opened(folder)
-    if family is llava_original:
-        llava_original.add_tower(checkpoint, partial(resolve, report=report))
+    """What lies in a folder, and with it what its family keeps elsewhere."""
+    if family in (llava_original, llava_uhd):
+        checkpoint = family.assemble(folder, opened, elsewhere)
+    elif family is xtuner:
+        checkpoint = family.assemble(folder, elsewhere)
+    else:
+        checkpoint = opened(folder)
+    elsewhere.check(folder)
     return checkpoint
 
 
 def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> ModuleType:
+    if xtuner in families and xtuner.is_xtuner(folder):
+        return xtuner
     _check_not_unfinished(folder)
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
+    if llava_uhd in families and llava_uhd.is_uhd(raw):
+        return llava_uhd
     if llava_original in families and llava_original.is_original(raw):
         return llava_original
     for family in families:
@@ -344,6 +393,13 @@ def _family(folder: Path, families: tuple[ModuleType, ...], what: str) -> Module
         f"{folder} is not {what} that can be loaded: its model_type is {kind!r}, not one of "
         f"{known}.{hint}"
     )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder speaks of a whole model, and not of adapters alone."""
+    config = folder / "config.json"
+    original = config.is_file() and llava_original.is_original(read_json(config))
+    return original or xtuner.is_xtuner(folder)
 
 
 def _check_not_unfinished(folder: Path) -> None:

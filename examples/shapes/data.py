@@ -40,23 +40,24 @@ from examples.shapes.world import (
 
 SKIP_EASY = 0.45  # of the scenes with one or two things, which teach little
 QUESTIONS = 8
-BOXES = 3
+BOXES = 5  # of a picture that is described
+BOXES_BESIDE = 4  # of the questions about another
+NOTHING = 0.05  # of the pictures show nothing, besides the world's own
 SHORT = 0.08  # of the single questions want one word
 LOOSE = 0.3  # of the questions come as people put them
 EMPTY_PATCHES = 4
 
 
 def scenes(split: str, count: int, start: int = 0) -> Iterator[Scene]:
-    """`count` scenes of a split, fewer of them with one or two things."""
+    """`count` scenes of a split, fewer of them with one or two things, more with nothing."""
     found = 0
     for seed in seeds(split, start):
         scene = make_scene(seed)
-        if (
-            0 < len(scene.things) <= 2
-            and not scene.prints
-            and random.Random(f"skip {seed}").random() < SKIP_EASY
-        ):
+        chance = random.Random(f"skip {seed}").random()
+        if 0 < len(scene.things) <= 2 and not scene.prints and chance < SKIP_EASY:
             continue
+        if chance > 1 - NOTHING:
+            scene = Scene(seed, scene.paper, scene.look)
         if found == count:
             return
         found += 1
@@ -104,25 +105,29 @@ def _put(qa: QA, rng: random.Random) -> QA:
     return loosely(qa, rng) if rng.random() < LOOSE else qa
 
 
+def boxes(shot: Shot, count: int) -> list[QA]:
+    """Where things' corners are; only of scenes that lie as drawn, whose boxes are known."""
+    return ask_many(shot.scene, count, "boxes", {"box": 1.0}) if shot.map is None else []
+
+
 def pretrain_rows(shot: Shot, image: str, count: int = QUESTIONS) -> list[dict]:
     scene = shot.scene
     rng = random.Random(f"short {scene.seed}")
-    qas = ask_many(scene, count, "pretrain")
+    qas = boxes(shot, BOXES_BESIDE)
+    qas += ask_many(scene, count - len(qas), "pretrain")
     qas = [rng.random() < SHORT and in_one_word(qa) or _put(qa, rng) for qa in qas]
     return rows(image, [[qa] for qa in qas], align(shot.drawn, shot.map))
 
 
 def describe_rows(shot: Shot, image: str) -> list[dict]:
-    """The whole picture in one answer, boxes (of a picture as drawn, whose boxes are known), for
-    some also a question that no picture answers.
+    """The whole picture in one answer, boxes, for some also a question that no picture answers.
 
     They have pictures of their own: rows of one picture are padded to the longest of them.
     """
     scene = shot.scene
     rng = random.Random(f"describe {scene.seed}")
     qas = [ask_one("describe", scene)]
-    if shot.map is None:
-        qas += ask_many(scene, BOXES, "boxes", {"box": 1.0})
+    qas += boxes(shot, BOXES)
     qas += [ask_one("outside", scene)] if scene.seed % 3 == 0 else []
     found = [_put(qa, rng) for qa in filter(None, qas)]
     return rows(image, [[qa] for qa in found], align(shot.drawn, shot.map))

@@ -8,8 +8,9 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
+from examples.shapes import textures
 from examples.shapes.world import MAX_HEIGHT, PATCH, SIZE, Bar, Box, Item, Print, Scene, Thing
 
 SCALE = 2  # pictures are drawn at twice their size and averaged down
@@ -144,31 +145,6 @@ def _paper(scene: Scene, scale: int, aspect: float) -> Image.Image:
     return image
 
 
-def _texture(scene: Scene, side: int) -> Image.Image:
-    """Noise of several sizes over a slope, and a few blurred blobs: nothing drawn."""
-    rng = np.random.default_rng(scene.seed)
-    low, high = rng.uniform(0, 255, (2, 3))
-    angle = rng.uniform(0, 2 * math.pi)
-    y, x = np.mgrid[0:side, 0:side] / side - 0.5
-    slope = np.clip(0.5 + x * math.cos(angle) + y * math.sin(angle), 0, 1)[..., None]
-    found = low + (high - low) * slope
-    for cells in (3, 6, 12, 24, 48):
-        # Coarse noise moves the colour, fine noise mostly the light.
-        grey = rng.normal(0, 1, (cells, cells, 1)) + rng.normal(0, 0.4, (cells, cells, 3))
-        layer = np.clip(128 + 40 * grey, 0, 255).astype(np.uint8)
-        up = Image.fromarray(layer).resize((side, side), Image.Resampling.BICUBIC)
-        found = found + rng.uniform(0.1, 1.4) * (np.asarray(up, float) - 128)
-    image = Image.fromarray(np.clip(found, 0, 255).astype(np.uint8))
-    for _ in range(rng.integers(0, 6)):
-        blob = Image.new("L", (side, side), 0)
-        points = rng.uniform(-0.1, 1.1, 2) * side + rng.normal(0, 0.2, (5, 2)) * side
-        ImageDraw.Draw(blob).polygon([(float(u), float(v)) for u, v in points], fill=255)
-        blob = blob.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 4)) * side / SIZE))
-        fill = np.asarray(image, float)[::-1] * rng.uniform(0.3, 1.5, 3)
-        image.paste(Image.fromarray(np.clip(fill, 0, 255).astype(np.uint8)), (0, 0), blob)
-    return image
-
-
 def _look(image: Image.Image, scene: Scene) -> Image.Image:
     """Light, grain and JPEG, at the size that the picture has."""
     look = scene.look
@@ -193,7 +169,7 @@ def draw(scene: Scene, times: int = 1, font: str | None = None, aspect: float = 
     """
     scale = SCALE * times
     if scene.kind == "texture":
-        return _look(_texture(scene, SIZE * times), scene)
+        return _look(textures.picture(scene.seed, SIZE * times), scene)
     scene = _widen(scene, aspect)
     image = _paper(scene, scale, aspect)
     pen = ImageDraw.Draw(image)

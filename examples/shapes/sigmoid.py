@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from examples.shapes.drawing import draw
+from examples.shapes.camera import Shot, as_drawn, shoot
 from examples.shapes.encoder import (
     CONFIG,
     fit,
@@ -110,9 +110,10 @@ def loss(model: Siglip, shown: mx.array, ids: mx.array) -> mx.array:
     return -nn.log_sigmoid(signs * logits).sum() / logits.shape[0]
 
 
-def batch(tokenizer: SiglipTokenizer, scenes: Sequence[Scene]) -> tuple[mx.array, mx.array]:
+def batch(tokenizer: SiglipTokenizer, shots: Sequence[Shot]) -> tuple[mx.array, mx.array]:
     """Normalised pixels [N, S, S, 3] and the captions' ids [N, LENGTH]."""
-    return pixels(map(draw, scenes)), mx.array(tokenizer([caption(scene) for scene in scenes]))
+    ids = tokenizer([caption(shot.scene) for shot in shots])
+    return pixels(shot.image for shot in shots), mx.array(ids)
 
 
 def retrieval(
@@ -121,8 +122,8 @@ def retrieval(
     """How often, in batches of 32, a picture's own caption is the best of all, and the reverse."""
     source, found = seeds(split), []
     for _ in range(0, count, 32):
-        scenes = [make_scene(next(source)) for _ in range(32)]
-        logits = np.array(model.logits(*batch(tokenizer, scenes)))
+        shots = [as_drawn(make_scene(next(source))) for _ in range(32)]
+        logits = np.array(model.logits(*batch(tokenizer, shots)))
         own = np.arange(32)
         found.append([(logits.argmax(axis) == own).mean() for axis in (1, 0)])
     by_picture, by_caption = np.mean(found, axis=0)
@@ -172,7 +173,8 @@ def main() -> None:
     mx.random.seed(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    batches = (batch(tokenizer, scenes) for scenes in fresh_scenes(args.batch_size))
+    fresh = fresh_scenes(args.batch_size)
+    batches = (batch(tokenizer, [shoot(scene) for scene in scenes]) for scenes in fresh)
     report(args.steps, fit(model, loss, batches, args.steps, args.learning_rate))
     save(model, tokenizer, args.out)
     temperature, bias = mx.exp(model.logit_scale).item(), model.logit_bias.item()

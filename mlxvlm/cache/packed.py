@@ -14,6 +14,8 @@ from .codecs import Codec
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from ..grids import Views
+
 
 @dataclass
 class PackedFeatures:
@@ -39,24 +41,38 @@ class PackedFeatures:
         return [self.codec.decode(record, shape) for record, shape in pairs]
 
 
-def unpack(found: Sequence[PackedFeatures]) -> mx.array:
-    """[views, tokens, width] of all views of all pictures in order, decoded by MLX; lazy.
+def unpack(found: Sequence[PackedFeatures]) -> Views:
+    """[views, tokens, width] of all views of all pictures in order, decoded by MLX; lazy. A list of
+    [tokens, width] where views differ in shape.
 
-    The views must agree in shape. bf16 stays bf16; int8 and int4 become float32. Only the thread
-    that owns MLX may call it.
+    bf16 stays bf16; int8 and int4 become float32. Only the thread that owns MLX may call it.
     """
-    import mlx.core as mx
+    from ..grids import joined
 
-    parts: list[mx.array] = []
+    parts: list[Views] = []
     start = 0
     while start < len(found):
         # Neighbours from one shard, or from shards with one calibration, are decoded at once.
-        codec, records, stop = found[start].codec, [], start
+        codec, stop = found[start].codec, start
+        records: list[bytes] = []
+        shapes: list[tuple[int, int]] = []
         while stop < len(found) and found[stop].codec is codec:
             records += found[stop].records
+            shapes += found[stop].shapes
             stop += 1
         if records:
-            shape = next(shape for one in found[start:stop] for shape in one.shapes)
-            parts.append(codec.unpack(records, shape))
+            parts.append(_unpack(codec, records, shapes))
         start = stop
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    return joined(parts)
+
+
+def _unpack(codec: Codec, records: list[bytes], shapes: list[tuple[int, int]]) -> Views:
+    different = dict.fromkeys(shapes)
+    if len(different) == 1:
+        return codec.unpack(records, shapes[0])
+    views: dict[int, mx.array] = {}
+    for shape in different:
+        places = [place for place, other in enumerate(shapes) if other == shape]
+        decoded = codec.unpack([records[place] for place in places], shape)
+        views.update((place, decoded[row]) for row, place in enumerate(places))
+    return [views[place] for place in range(len(records))]

@@ -169,6 +169,7 @@ class _Sample:
         self.batch_size, self.workers = batch_size, workers
         self.tiling = getattr(encoder, "tiling", None)
         self.single = getattr(self.tiling, "type", None) == "single"
+        self.shape_of = getattr(encoder, "shape_of", None)
         self.encode_rate: float | None = None
         self.read_rate: float | None = None
         self.unreadable = 0
@@ -233,6 +234,8 @@ class _Sample:
             ratio = pooled_tokens(config, pool) / self.encoder.tokens
         elif pool != getattr(self.encoder, "pool", "none"):
             return None
+        if getattr(self.tiling, "varied", False) and pool != "none":
+            return None
         if self.single:
             return [((round(ratio * self.encoder.tokens), self.encoder.width), 1.0)]
         counts: dict[tuple[int, int], int] = {}
@@ -262,7 +265,10 @@ class _Sample:
             loader.close()
         if not self.single:
             for picture in pictures:
-                if any(np.shape(view) not in self.known for view in picture.views):
+                new = [size for view in picture.views if (size := np.shape(view)) not in self.known]
+                if new and self.shape_of:
+                    self.known.update((size, self.shape_of(size)) for size in new)
+                elif new:
                     self._encode([picture])
         return pictures
 

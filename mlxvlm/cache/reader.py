@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..config import TilingConfig
 from ..errors import CacheError
 from .about import differences, plain, read_about
 from .format import PLAN, Row, Source, source_name, told
@@ -155,13 +156,29 @@ class EmbeddingCache:
 
     def require(self, identity: dict[str, Any]) -> None:
         """CacheError unless the features are those of the encoder with this identity."""
-        different = differences(self.meta.get("encoder", {}), plain(identity))
-        if different:
-            raise CacheError(
-                f"{self.folder} was made by another encoder; they differ in "
-                f"{'; '.join(different)}. Use the encoder that made it, or make a cache with this "
-                "one in another folder."
+        self._require(self.meta.get("encoder", {}), plain(identity))
+
+    def require_tiling(self, tiling: TilingConfig) -> None:
+        """The same of the views alone, where there is no encoder to ask."""
+        theirs = self.meta.get("encoder", {})
+        ours = {f"tiling.{name}": value for name, value in tiling.identity().items()}
+        self._require({k: v for k, v in theirs.items() if k.startswith("tiling.")}, plain(ours))
+
+    def _require(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+        different = differences(theirs, ours)
+        if not different:
+            return
+        way_out = "Use the encoder that made it, or make a cache with this one in another folder."
+        resize = ours.get("tiling.resize")
+        if resize and resize != theirs.get("tiling.resize"):
+            way_out = (
+                f"Stages that resize pictures otherwise need a cache each: mlxvlm cache-embeddings "
+                f"--resize {resize} makes this one's, in another folder."
             )
+        raise CacheError(
+            f"{self.folder} was made by another encoder; they differ in {'; '.join(different)}. "
+            + way_out
+        )
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
         """Reads everything, and says what is damaged, naming pictures and shards."""

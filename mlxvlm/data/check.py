@@ -168,7 +168,9 @@ def spans_of(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     tokens, learnt = sample.tokens, sample.supervised
     slot = np.full(len(tokens), -1)
     for number, (start, length) in enumerate(sample.slots):
-        slot[start : start + length] = number
+        # Words between the views of a picture are text.
+        visual = tokens[start : start + length] == tokens[start]
+        slot[start : start + length][visual] = number
     edges = np.flatnonzero((np.diff(learnt) != 0) | (np.diff(slot) != 0)) + 1
     spans = []
     for piece in np.split(np.arange(len(tokens)), edges):

@@ -21,6 +21,7 @@ import numpy as np
 from ..cache.format import plan_of
 from ..cache.packed import PackedFeatures, unpack
 from ..errors import DataError, PictureError, VLMError
+from ..grids import Views, batched, joined
 from ..images.picture import Cut, Features, Picture
 from ..images.tiling import plan_cut
 from .augment import Augmentation
@@ -114,27 +115,31 @@ class Pictures:
                 return self.encoder.look([read_bytes(origin)[0]], max_tiles=limit)[0]
         return self.encoder.look([origin], max_tiles=limit)[0]
 
-    def views(self, found: Sequence[Picture | Features | PackedFeatures]) -> mx.array | None:
+    def views(self, found: Sequence[Picture | Features | PackedFeatures]) -> Views | None:
         """[views, tokens, width] features of all pictures in order; runs the encoder if it must.
 
-        Where it trains, [views, H, W, 3] normalised pixels.
+        Where it trains, [views, H, W, 3] normalised pixels. Where views differ in size, a list of
+        one array each.
         """
         if not found:
             return None
         # Sources with a cache and without may meet in a batch.
         parts = [self._views(kind, list(run)) for kind, run in groupby(found, type)]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        return joined(parts)
 
-    def _views(self, kind: type, found: list[Any]) -> mx.array:
+    def _views(self, kind: type, found: list[Any]) -> Views:
         if kind is PackedFeatures:
             return unpack(found)
         if kind is Features:
-            return mx.array(np.concatenate([np.stack(f.views) for f in found]))
+            views = [view for f in found for view in f.views]
+            if len({view.shape for view in views}) > 1:
+                return [mx.array(view) for view in views]
+            return mx.array(np.stack(views))
         assert self.encoder is not None
         if self.pixels:
             return self.encoder.pixels(found)
         encoded = self.encoder.encode(found)
-        return mx.stack([view for features in encoded for view in features.views])
+        return batched([view for features in encoded for view in features.views])
 
 
 class Several(Pictures):

@@ -19,9 +19,10 @@ from ..attention import SHORT_QUERIES
 from ..config import ModelConfig
 from ..errors import DataError, VLMError
 from ..images.picture import Cut
-from ..merge import visual_tokens
+from ..merge import spelling
 from ..prompts import Prompt, normalize_messages, render
 from ..prompts.layout import render_many
+from ..prompts.pieces import Spelling
 from .records import Record
 
 if TYPE_CHECKING:
@@ -58,11 +59,13 @@ class Sample:
     second time.
 
     The visual tokens of `slots`, (start, length) each, are kept as those numbers alone: of 600,000
-    rows with 729 visual tokens each that leaves 0.6 GB in memory, instead of 2.7.
+    rows with 729 visual tokens each that leaves 0.6 GB in memory, instead of 2.7. Where other
+    tokens stand among a picture's, its slot is several runs.
     """
 
     __slots__ = (
         "_learnt",
+        "_runs",
         "_slots",
         "_text",
         "cuts",
@@ -91,20 +94,23 @@ class Sample:
         self.images, self.prefix, self.targets = images, prefix, targets or {}
         self.length, self.cuts = len(tokens), tuple(cuts)
         self._slots = [(start, length, int(tokens[start])) for start, length in slots if length]
+        self._runs = [run for slot in self._slots for run in _runs(tokens, *slot)]
+        if self._runs == self._slots:
+            self._runs = self._slots
         kept = np.ones(len(tokens), np.bool_)
-        for start, length, _ in self._slots:
+        for start, length, _ in self._runs:
             kept[start : start + length] = False
         self._text, self._learnt = tokens[kept], supervised[kept]
 
     @property
     def tokens(self) -> np.ndarray:
         """int32 [length]"""
-        return self._whole(self._text, [token for *_, token in self._slots])
+        return self._whole(self._text, [token for *_, token in self._runs])
 
     @property
     def supervised(self) -> np.ndarray:
         """bool [length]; a visual token never is."""
-        return self._whole(self._learnt, [False] * len(self._slots))
+        return self._whole(self._learnt, [False] * len(self._runs))
 
     @property
     def num_supervised(self) -> int:
@@ -120,7 +126,7 @@ class Sample:
 
     @property
     def slots(self) -> list[tuple[int, int]]:
-        """(start, length) of each picture's tokens."""
+        """(start, length) of each picture, as `Prompt.slots`."""
         return [(start, length) for start, length, _ in self._slots]
 
     def again(self, time: int) -> Sample:
@@ -140,10 +146,17 @@ class Sample:
 
     def _whole(self, text: np.ndarray, fills: Sequence[int]) -> np.ndarray:
         pieces, done, behind = [], 0, 0
-        for (start, length, _), fill in zip(self._slots, fills, strict=True):
+        for (start, length, _), fill in zip(self._runs, fills, strict=True):
             pieces += [text[done : start - behind], np.full(length, fill, text.dtype)]
             done, behind = start - behind, behind + length
         return np.concatenate([*pieces, text[done:]])
+
+
+def _runs(tokens: np.ndarray, start: int, length: int, image: int) -> list[tuple[int, int, int]]:
+    """(start, length, token) of each unbroken run of visual tokens of a picture."""
+    visual = np.pad(tokens[start : start + length] == image, 1)
+    edges = (np.flatnonzero(np.diff(visual)) + start).tolist()
+    return [(a, b - a, image) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def prepare(
@@ -174,7 +187,7 @@ def prepare(
                 parts, images = normalize_messages(record.messages, record.images)
                 found = [cut_of(name, len(images)) for name in images]
                 cuts = [known.setdefault(cut, cut) for cut in found]
-                counts = [visual_tokens(config, cut) for cut in cuts]
+                counts = [spelling(config, cut) for cut in cuts]
                 rows.append(_Row(where, record, parts, list(images), cuts, counts))
             except VLMError as error:
                 skipped.append(skip(where, error))
@@ -200,7 +213,7 @@ class _Row:
     parts: list[dict[str, Any]]
     images: list[str]
     cuts: list[Cut]
-    counts: list[int]
+    counts: list[Spelling]
 
 
 def _render(rows: list[_Row], tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt | VLMError]:
@@ -227,9 +240,10 @@ def _sample(
 ) -> Sample:
     length = len(prompt.tokens)
     if length > max_seq_length:
+        visual = sum(n for count in row.counts for n in count if isinstance(n, int))
         raise DataError(
             f"{length} tokens are more than --max-seq-length {max_seq_length} "
-            f"({sum(row.counts)} of them visual).",
+            f"({visual} of them visual).",
             kind="too long",
         )
     # Nothing predicts the first token.
@@ -265,11 +279,13 @@ def _target(raw: dict[str, Any], prompt: Prompt, words: _Words) -> Target:
     try:
         if "image" in raw:
             start, length = prompt.slots[raw["image"]]
-            if not 0 <= raw["token"] < length:
+            span = prompt.tokens[start : start + length]
+            visual = np.flatnonzero(span == span[0])
+            if not 0 <= raw["token"] < len(visual):
                 raise DataError(
-                    f"target {raw} lies outside its picture's {length} tokens.", kind="target"
+                    f"target {raw} lies outside its picture's {len(visual)} tokens.", kind="target"
                 )
-            position = start + raw["token"]
+            position = start + int(visual[raw["token"]])
         else:
             last = raw["end"] - 1
             hits = np.flatnonzero(

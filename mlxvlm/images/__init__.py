@@ -7,6 +7,7 @@
     tiling.py      an RGB image -> the views that a `TilingConfig` asks for
     dynamic.py     InternVL's tiles
     anyres.py      LLaVA-NeXT's and LLaVA-1.5-HD's
+    slices.py      MiniCPM-V's and LLaVA-UHD's, which differ in size
     picture.py     `Picture`, `Features`, and how a picture is cut into views
 
 Nothing here touches MLX: worker threads may run all of it.

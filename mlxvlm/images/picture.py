@@ -47,6 +47,7 @@ class Features:
 
     The arrays are MLX or NumPy; they differ in length only where the views differ in size.
     projected: whether the projector has run too, and the width is the language model's.
+    grids: (rows, columns) of each view's patches, where they differ; None: as the cut says.
     """
 
     views: list[Any]
@@ -54,6 +55,7 @@ class Features:
     size: tuple[int, int] | None = None
     sha256: str | None = None
     projected: bool = False
+    grids: list[tuple[int, int]] | None = None
 
     @property
     def cut(self) -> Cut:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..config import TilingConfig
 from ..errors import ConfigError
-from . import anyres, dynamic, preprocess
+from . import anyres, dynamic, preprocess, slices
 from .colour import to_rgb
 from .open import MAX_PIXELS, Source, open_picture, upright_size
 from .picture import Cut, Picture
@@ -70,16 +70,16 @@ def tiles_each(tiling: TilingConfig, among: int, most: int = 0) -> int | None:
     """The most tiles that each of `among` pictures in one row of data may have; None: as many as
     the tiling makes.
 
-    A single view is never limited, and any-resolution tiles only by `most`: LLaVA-NeXT gives each
-    picture its own. Dynamic tiles are InternVL's: a picture alone has max_tiles, each of several
-    max_tiles // among, at least one, and thumbnails are not counted (`dataset.py` of internvl_chat,
-    multi_modal_multi_image_get_item). most: less than max_tiles, as a source of rows may ask; 0 for
-    no such wish.
+    A single view is never limited, and any-resolution tiles and slices only by `most`: LLaVA-NeXT
+    and MiniCPM-V give each picture its own. Dynamic tiles are InternVL's: a picture alone has
+    max_tiles, each of several max_tiles // among, at least one, and thumbnails are not counted
+    (`dataset.py` of internvl_chat, multi_modal_multi_image_get_item). most: less than max_tiles, as
+    a source of rows may ask; 0 for no such wish.
     """
     if tiling.type == "single":
         return None
     budget = min(most or tiling.max_tiles, tiling.max_tiles)
-    if among < 2 or tiling.type == "anyres":
+    if among < 2 or tiling.type != "dynamic":
         return budget if budget < tiling.max_tiles else None
     return max(1, budget // among)
 
@@ -108,4 +108,5 @@ TILINGS: dict[str, Tiling] = {
     "single": Tiling(single, lambda size, tiling, max_tiles: Cut(1)),
     "dynamic": Tiling(dynamic.cut, dynamic.plan),
     "anyres": Tiling(anyres.cut, anyres.plan),
+    "slices": Tiling(slices.cut, slices.plan),
 }

@@ -43,6 +43,9 @@ class PlainText:
                 out[i] = self._finish(texts[i], encoding)
         return out
 
+    def encode_inside(self, text: str) -> list[int]:
+        return self._finish(text, self._inside.encode(text, add_special_tokens=False))[0]
+
     def _for(self, first: bool) -> Any:
         return self._backend if first else self._later
 

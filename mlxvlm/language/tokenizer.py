@@ -38,6 +38,7 @@ class Tokenizer:
     added: id -> token, the whole added vocabulary. special_ids: those that decoding leaves out.
     control: token -> id, those that text must never become: all but runs of whitespace.
     bos_token_id: None where the folder names none. eos_token_ids: every id that ends an answer.
+    num_embeddings: rows of the language model's table, which prompts must keep to; None: unknown.
     """
 
     def __init__(self, backend: Any, folder: Path | None, settings: dict[str, Any] | None = None):
@@ -54,6 +55,7 @@ class Tokenizer:
         self.bos_token_id = self._find_bos(settings)
         self.eos_token_ids = self._find_eos(settings)
         self.generation_config: dict[str, Any] = settings.get("generation_config") or {}
+        self.num_embeddings: int | None = None
         self._plain = PlainText(backend, self.control.values())
 
     @classmethod
@@ -90,6 +92,10 @@ class Tokenizer:
     ) -> list[Encoded]:
         """`encode` for each of many texts, on all cores."""
         return self._plain.encode_many(texts, [True] * len(texts) if first is None else first)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on within a line: no leading space of any scheme."""
+        return self._plain.encode_inside(text)
 
     def id(self, token: str) -> int | None:
         """Id of a token by its name, or None."""

@@ -42,7 +42,8 @@ class Plan:
     parts: what the peak is made of, by the names in `step.PARTS`. host: Python, rows and libraries,
     which are not MLX's. peak: all of it. measured: MLX's own peak over the real steps; predicted:
     what was worked out for it. estimated: the peak is of another machine than this one's CPU, for
-    which the method has not been calibrated. encoder_share: of the arithmetic.
+    which the method has not been calibrated. encoder_share: of the arithmetic. resized: how this
+    stage's pictures become squares and how the model's own do, where they differ and are encoded.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Plan:
     why_no_steps: str = ""
     remedies: list[Remedy] = field(default_factory=list)
     least: int | None = None
+    resized: tuple[str, str] | None = None
 
     @property
     def peak(self) -> int:
@@ -111,6 +113,7 @@ def make_plan(
         timing=_reckoned(study, step, machine),
         machine=machine,
         estimated=not machine.here or mx.default_device() == mx.gpu,
+        resized=None if study.base.cached else study.resized,
     )
     plan.why_no_steps = _why_not(study, plan, steps)
     if not plan.why_no_steps:

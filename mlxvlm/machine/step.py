@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import is_adapter, pooled_tokens
 from ..data.buckets import Batch
+from ..grids import Views, batched, view_grids
 from ..images.picture import Picture
+from ..images.slices import view_sizes
 from ..language.forward import head_module
 from ..language.load import language_width
 from ..model import VLM
@@ -70,7 +72,7 @@ def step_of(
     moments = optimizer.to_arrays()
     several = config.grad_accumulation_steps > 1
     sums = {name: mx.zeros(v.shape, v.dtype) for name, v in trained.items()} if several else {}
-    features = _features(vlm, views, projected)
+    features = _features(vlm, batch, views, projected)
     inputs = [v for _, v in arrays] + list(moments.values()) + list(sums.values()) + features
     cuts = np.cumsum([len(arrays), len(moments), len(sums)])
     order = list(trained)
@@ -83,7 +85,9 @@ def step_of(
         vlm.update(tree_unflatten(list(zip(names, weights, strict=True))))
         optimizer.from_arrays(dict(zip(moments, state, strict=True)))
         own = dict(tree_flatten(vlm.trainable_parameters()))
-        seen = found[0] if found else _views(vlm, views, config.trains_vision)
+        seen: Views | None = found if len(found) > 1 else found[0] if found else None
+        if seen is None:
+            seen = _views(vlm, batch, views, config.trains_vision)
         flat, parts = gradients(
             nn.value_and_grad(vlm, batch_loss),
             vlm,
@@ -101,7 +105,7 @@ def step_of(
             "loss": list(parts.values()),
             "flat": list(flat.values()),
             "sums": list(sums.values()),
-            "views": [] if seen is None else [seen],
+            "views": [seen] if isinstance(seen, mx.array) else seen or [],
             "grads": list(grads.values()),
             "norm": [norm],
             "updated": [updated[n] for n in order],
@@ -153,27 +157,34 @@ def _phases(several: bool, found: dict[str, list[int]]) -> list[list[int]]:
     return [*first, norm, update]
 
 
-def _features(vlm: VLM, views: int, projected: bool) -> list[mx.array]:
-    """What a cache gives for so many views; nothing without one."""
+def _features(vlm: VLM, batch: Batch, views: int, projected: bool) -> list[mx.array]:
+    """What a cache gives for so many views, one array, or one a view where they differ; nothing
+    without a cache."""
     if not views or "vision" in vlm:
         return []
     config = vlm.config
     if projected:
         width = language_width(config.language)
         return [mx.zeros((views, config.tokens_per_view, width))]
+    width = config.vision.hidden_size
+    if config.varied:
+        return [mx.zeros((h * w, width)) for h, w in view_grids(config.tiling, batch.cuts)]
     tokens = pooled_tokens(config.vision, config.encoder_pool)
-    return [mx.zeros((views, tokens, config.vision.hidden_size))]
+    return [mx.zeros((views, tokens, width))]
 
 
-def _views(vlm: VLM, views: int, pixels: bool) -> mx.array | None:
+def _views(vlm: VLM, batch: Batch, views: int, pixels: bool) -> Views | None:
     """What `Pictures.views` gives for so many blank ones."""
     if not views:
         return None
-    side = vlm.config.tiling.image_size
-    blank = Picture([np.zeros((side, side, 3), np.uint8)] * views)
+    tiling = vlm.config.tiling
+    sizes = [(tiling.image_size, tiling.image_size)] * views
+    if tiling.varied:
+        sizes = [size for cut in batch.cuts for size in view_sizes(cut, tiling)]
+    blank = Picture([np.zeros((height, width, 3), np.uint8) for width, height in sizes])
     if pixels:
         return vlm.encoder.pixels([blank])
-    return mx.stack([v for found in vlm.encoder.encode([blank]) for v in found.views])
+    return batched([v for found in vlm.encoder.encode([blank]) for v in found.views])
 
 
 class _Labels:

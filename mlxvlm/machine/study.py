@@ -41,14 +41,20 @@ class Study:
     """What is known of a run without reading a weight or writing a byte.
 
     here: the model's tensors are on this disk. gathered: its rows, and those that are left out.
+    resized: how the run's pictures become squares and how the model's own do, where they differ.
     """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.vlm, self.here = outline(config.model)
+        before = self.vlm.config.tiling.resize
         self.vlm.config.override(config.resize, config.layout)
+        now = self.vlm.config.tiling.resize
+        self.resized = (now, before) if now != before else None
         sources = config.all_sources
         caches, self.projected = open_caches(config, sources)
+        for cache in caches.values():
+            cache.require_tiling(self.vlm.config.tiling)
         self.gathered = gather_rows(
             config, self.vlm, self.vlm.encoder, caches, sources, config.mixture
         )

@@ -9,8 +9,14 @@ from .attention import AttentionProjector
 from .c_abstractor import CAbstractor
 from .mlp import MLPProjector
 from .resampler import Resampler
+from .spatial_resampler import SpatialResampler
 
-Projector = AttentionProjector | MLPProjector | CAbstractor | Resampler
+Projector = AttentionProjector | MLPProjector | CAbstractor | Resampler | SpatialResampler
+ON_GRIDS = {
+    "c_abstractor": CAbstractor,
+    "resampler": Resampler,
+    "spatial_resampler": SpatialResampler,
+}
 
 
 def build_projector(
@@ -32,8 +38,7 @@ def _build(config: ProjectorConfig, vision: VisionConfig, language_width: int) -
     tokens = pooled_tokens(vision, config.pool)
     if config.type == "mlp":
         return MLPProjector(config, width, language_width, grid)
-    if config.type in ("c_abstractor", "resampler"):
+    if config.type in ON_GRIDS:
         pooled_side(vision, config.pool, f"projector {config.type!r}")
-        make = CAbstractor if config.type == "c_abstractor" else Resampler
-        return make(config, width, language_width, grid)
+        return ON_GRIDS[config.type](config, width, language_width, grid)
     return AttentionProjector(config, width, language_width, grid, tokens)

@@ -28,21 +28,15 @@ class Resampler(nn.Module):
     def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
         super().__init__()
         width = config.hidden_size or language_width
-        heads = config.num_attention_heads or max(1, width // 128)
-        if width % heads or width % 4:
-            raise ConfigError(
-                f"a resampler's width (={width}) must be divisible by 4, for sines and cosines of "
-                f"rows and columns, and by its num_attention_heads (={heads}): set "
-                "projector.hidden_size or projector.num_attention_heads."
-            )
+        heads = heads_of(config, width)
         self.pool = Pool(config.pool, grid)
         channels, eps = vision_width * self.pool.factor, config.layer_norm_eps
-        self.query = _small(config.num_query_tokens, width)
+        self.query = small(config.num_query_tokens, width)
         if channels != width:
             self.kv_proj = nn.Linear(channels, width, bias=False)
-            self.kv_proj.weight = _small(width, channels)
+            self.kv_proj.weight = small(width, channels)
         self.attn = PackedAttention(width, heads)
-        self.attn.out_proj.weight = _small(width, width)
+        self.attn.out_proj.weight = small(width, width)
         self.attn.out_proj.bias = mx.zeros((width,))
         self.ln_q = nn.LayerNorm(width, eps=eps)
         self.ln_kv = nn.LayerNorm(width, eps=eps)
@@ -88,19 +82,37 @@ class Resampler(nn.Module):
         return found[mx.array([different.index(size) for size in sizes])]
 
 
-@lru_cache(maxsize=8)
+def heads_of(config: ProjectorConfig, width: int) -> int:
+    """Heads of a resampler of this width."""
+    heads = config.num_attention_heads or max(1, width // 128)
+    if width % heads or width % 4:
+        raise ConfigError(
+            f"a resampler's width (={width}) must be divisible by 4, for sines and cosines of "
+            f"rows and columns, and by its num_attention_heads (={heads}): set "
+            "projector.hidden_size or projector.num_attention_heads."
+        )
+    return heads
+
+
 def sincos(height: int, width: int, dim: int) -> np.ndarray:
     """[height * width, dim] float32, places in rows: the first half says the column, the second
     the row, each as the sines and then the cosines of it / 10000^(i / (dim / 4)).
 
     As MAE has it (He et al. 2021), two-dimensional from Vaswani et al. 2017.
     """
-    rows, columns = np.divmod(np.arange(height * width), width)
-    rates = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
-    angles = [place[:, None] * rates for place in (columns, rows)]
-    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    table = np.empty((height, width, dim), np.float32)
+    table[..., : dim // 2] = _waves(width, dim // 4)
+    table[..., dim // 2 :] = _waves(height, dim // 4)[:, None]
+    return table.reshape(height * width, dim)
 
 
-def _small(*shape: int) -> mx.array:
+@lru_cache(maxsize=128)
+def _waves(count: int, rates: int) -> np.ndarray:
+    """[count, 2 * rates] float32: sines, then cosines, of the places 0 to count along an axis."""
+    angles = np.arange(count)[:, None] * 10000.0 ** -(np.arange(rates) / rates)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+def small(*shape: int) -> mx.array:
+    """Normal values of deviation 0.02, cut off at two deviations."""
     return 0.02 * mx.random.truncated_normal(-2, 2, shape)

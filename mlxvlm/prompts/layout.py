@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import PromptConfig
 from ..errors import PromptError
 from .messages import DOCUMENT, check_turns
-from .pieces import Control, Piece, Prompt, Slot, Text, assemble
+from .pieces import Control, Piece, Prompt, Slot, Spelling, Text, assemble
 
 if TYPE_CHECKING:
     from ..language.tokenizer import Tokenizer
@@ -22,20 +22,21 @@ Message = dict[str, Any]
 
 def render(
     messages: Sequence[Message],
-    pictures_tokens: Sequence[int],
+    pictures_tokens: Sequence[int | Spelling],
     tokenizer: Tokenizer,
     prompt: PromptConfig,
     add_generation_prompt: bool,
 ) -> Prompt:
     """Lays out messages in parts form (see `normalize_messages`) as `prompt` says.
 
-    pictures_tokens: how many visual tokens each picture has, in order of appearance.
+    pictures_tokens: how many visual tokens each picture has, in order of appearance, or how it is
+    spelled.
     """
     return render_many([(messages, pictures_tokens)], tokenizer, prompt, add_generation_prompt)[0]
 
 
 def render_many(
-    rows: Sequence[tuple[Sequence[Message], Sequence[int]]],
+    rows: Sequence[tuple[Sequence[Message], Sequence[int | Spelling]]],
     tokenizer: Tokenizer,
     prompt: PromptConfig,
     add_generation_prompt: bool,
@@ -61,8 +62,41 @@ def render_many(
                 f"the messages have {slots} places for images, but {len(counts)} pictures came "
                 "with them: give one picture for each."
             )
-        laid.append((pieces, counts))
+        laid.append(_fill(pieces, counts, tokenizer))
     return assemble(laid, tokenizer, prompt.image_token_id)
+
+
+def _fill(
+    pieces: list[Piece], counts: Sequence[int | Spelling], tokenizer: Tokenizer
+) -> list[Piece]:
+    """The pieces, with each picture spelled out in its slot."""
+    waiting = iter(counts)
+    out: list[Piece] = []
+    for piece in pieces:
+        if not isinstance(piece, Slot):
+            out.append(piece)
+            continue
+        spelling = next(waiting)
+        more = False
+        for part in (spelling,) if isinstance(spelling, int) else spelling:
+            if isinstance(part, int):
+                out.append(Slot(part, more))
+                more = True
+            else:
+                out += [Control(i) for i in _word(part, tokenizer)]
+    return out
+
+
+def _word(word: str, tokenizer: Tokenizer) -> list[int]:
+    if not word.startswith("<"):
+        return tokenizer.encode_inside(word)
+    if word not in tokenizer.control:
+        raise PromptError(
+            f"the views of a picture are set off with {word}, a control token that this tokenizer "
+            "lacks: take the tokenizer's files from the model's own repository, or set "
+            "prompt.merge to 'uhd', which has text between them."
+        )
+    return [tokenizer.control[word]]
 
 
 def head(tokenizer: Tokenizer) -> list[Piece]:

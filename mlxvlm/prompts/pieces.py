@@ -35,7 +35,8 @@ class Prompt:
     turns: int32 [L]; which message a token of content belongs to, otherwise -1.
     chars: int32 [L, 2]; where in that message's text (its text parts concatenated, before any
         trimming) the token starts and ends, otherwise -1.
-    slots: (start, length) of each picture's tokens, in order.
+    slots: (start, length) of each picture, in order: from its first visual token to its last. Other
+        tokens may stand between them, where `prompt.merge` puts words there.
     """
 
     tokens: np.ndarray
@@ -71,28 +72,35 @@ class Text:
 
 @dataclass
 class Slot:
-    """The place of the next picture."""
+    """The place of the next picture; or a run of `tokens` visual tokens. more: it goes on with the
+    picture before it."""
+
+    tokens: int | None = None
+    more: bool = False
 
 
 Piece = Control | Text | Slot
+# How a picture stands in a prompt: numbers of visual tokens, and words of the vocabulary. A word in
+# angle brackets is a control token; of any other, no leading space is written.
+Spelling = tuple[int | str, ...]
 # tokens, supervised, turns, chars
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def assemble(
-    rows: Sequence[tuple[Sequence[Piece], Sequence[int]]], tokenizer: Tokenizer, image_token_id: int
+    rows: Sequence[Sequence[Piece]], tokenizer: Tokenizer, image_token_id: int
 ) -> list[Prompt]:
-    """Prompts of many (pieces, visual tokens of each slot), tokenised together."""
-    laid = [_sections(pieces) for pieces, _ in rows]
+    """Prompts of many rows of pieces, whose slots say how long they are, tokenised together."""
+    laid = [_sections(pieces) for pieces in rows]
     sections = [part for row in laid for part in row if isinstance(part, _Section)]
     # Headers and separators are the same in every row: each distinct text is encoded once.
     keys = list(dict.fromkeys((section.text, section.first) for section in sections))
     found = tokenizer.encode_many([text for text, _ in keys], [first for _, first in keys])
     encoded = dict(zip(keys, found, strict=True))
-    return [
-        _assemble(row, counts, encoded, image_token_id)
-        for row, (_, counts) in zip(laid, rows, strict=True)
-    ]
+    prompts = [_assemble(row, encoded, image_token_id) for row in laid]
+    for prompt in prompts:
+        _check_known(prompt.tokens, tokenizer, image_token_id)
+    return prompts
 
 
 @dataclass
@@ -125,14 +133,12 @@ def _sections(pieces: Sequence[Piece]) -> list[_Section | Control | Slot]:
 
 def _assemble(
     sections: Sequence[_Section | Control | Slot],
-    counts: Sequence[int],
     encoded: dict[tuple[str, bool], Encoded],
     image_token_id: int,
 ) -> Prompt:
     columns: list[Columns] = []
     slots: list[tuple[int, int]] = []
     length = 0
-    waiting = iter(counts)
     for section in sections:
         if isinstance(section, _Section):
             column = _columns(section, encoded[section.text, section.first])
@@ -144,8 +150,9 @@ def _assemble(
         elif isinstance(section, Control):
             column = _blank(section.id, 1, section.supervised)
         else:
-            number = int(next(waiting))
-            slots.append((length, number))
+            number = int(section.tokens or 0)
+            start = slots.pop()[0] if section.more and slots else length
+            slots.append((start, length + number - start))
             column = _blank(image_token_id, number, False)
         columns.append(column)
         length += len(column[0])
@@ -153,6 +160,21 @@ def _assemble(
         columns.append(_blank(0, 0, False))
     tokens, supervised, turns, chars = (np.concatenate(c) for c in zip(*columns, strict=True))
     return Prompt(tokens, supervised, [], turns, chars, slots)
+
+
+def _check_known(tokens: np.ndarray, tokenizer: Tokenizer, image_token_id: int) -> None:
+    """A gather past a table's end reads, and its gradient writes, what is not the model's."""
+    rows = tokenizer.num_embeddings
+    if rows is None:
+        return
+    beyond = tokens[(tokens >= rows) & (tokens != image_token_id)]
+    if beyond.size:
+        token = tokenizer.backend.id_to_token(int(beyond[0]))
+        raise PromptError(
+            f"the tokenizer writes {token!r} as id {beyond[0]}, and the language model has "
+            f"embeddings for ids below {rows}: they do not belong together. Take the tokenizer's "
+            "files from the model's own repository."
+        )
 
 
 def _blank(token: int, count: int, supervised: bool) -> Columns:

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..data.buckets import Batch
+from ..grids import Views, is_pixels
 from ..images.picture import Cut
 from ..language.forward import head, head_module, hidden_states, recomputed
 from ..language.packed import packed_caches
@@ -123,7 +124,7 @@ def hidden_of(
 def batch_loss(
     vlm: VLM,
     batch: Batch,
-    views: mx.array | None,
+    views: Views | None,
     targets: dict[str, AuxiliaryTarget],
     totals: dict[str, float],
     grad_checkpoint: bool = False,
@@ -135,7 +136,7 @@ def batch_loss(
     of a mean over thousands of tokens would underflow. `gradients` divides afterwards.
 
     views: [views, tokens, width] features of the batch's pictures, or [views, H, W, 3] normalised
-    pixels where the encoder trains. totals: what each part is
+    pixels where the encoder trains; lists where views differ in size. totals: what each part is
     divided by, over the whole step: "loss" the labels' weights, and each target's count. projected:
     the features have been through the projector already.
     """
@@ -160,20 +161,20 @@ def batch_loss(
 
 def visual_of(
     vlm: VLM,
-    views: mx.array,
+    views: Views,
     cuts: Sequence[Cut],
     projected: bool,
     grad_checkpoint: bool = False,
 ) -> mx.array:
     """[visual tokens, D] that the language model sees, of what `Pictures.views` gives of pictures
     cut so."""
-    if projected:
+    if projected and isinstance(views, mx.array):
         return vlm.merge(views, cuts)
-    if views.ndim == 4 and grad_checkpoint:
+    if is_pixels(views) and grad_checkpoint:
         with recomputed(vlm.vision.encoder.layers):
-            views = vlm.encoder.run(views)
-    elif views.ndim == 4:
-        views = vlm.encoder.run(views)
+            views = vlm.encoder.run_all(views)
+    elif is_pixels(views):
+        views = vlm.encoder.run_all(views)
     return vlm.project_views(views, cuts)
 
 

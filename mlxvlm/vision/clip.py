@@ -11,7 +11,8 @@ import mlx.nn as nn
 from ..config import VisionConfig
 from ..errors import ConfigError
 from .blocks import Blocks, layer_number
-from .patches import PatchEmbedding
+from .patches import PatchEmbedding, grid_of
+from .positions import place
 
 
 class ClipEmbeddings(nn.Module):
@@ -22,17 +23,23 @@ class ClipEmbeddings(nn.Module):
         D = config.hidden_size
         self.class_embedding = mx.random.normal((D,), scale=D**-0.5)
         self.patch_embedding = PatchEmbedding(config, bias=False)
-        self.position_embedding = nn.Embedding(config.grid**2 + 1, D)
+        self.position_embedding = nn.Embedding(config.table_grid**2 + 1, D)
+        self.rule, self.patch_size = config.positions, config.patch_size
 
     def __call__(self, pixels: mx.array) -> mx.array:
         patches = self.patch_embedding(pixels)
         N, _, D = patches.shape
         first = mx.broadcast_to(self.class_embedding.astype(patches.dtype), (N, 1, D))
-        return mx.concatenate([first, patches], axis=1) + self.position_embedding.weight
+        x = mx.concatenate([first, patches], axis=1)
+        table = self.position_embedding.weight
+        if self.rule == "fixed":
+            return x + table
+        grid = grid_of(pixels.shape[1:3], self.patch_size)
+        return x + mx.concatenate([table[:1], place(table[1:], self.rule, grid)])
 
 
 class ClipVision(nn.Module):
-    """[N, S, S, 3] normalised pixels -> [N, tokens, D], the configured feature layer.
+    """[N, H, W, 3] normalised pixels -> [N, tokens, D], the configured feature layer.
 
     Hidden state 0 is the output of `pre_layrnorm`. "default" drops the class token, after the norm.
     Blocks past the feature layer, and `post_layernorm`, exist only where the config needs them.

@@ -11,11 +11,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..config import TilingConfig, VisionConfig, is_adapter, pooled_tokens
+from ..config import TilingConfig, VisionConfig, check_slices, is_adapter, pooled_tokens
 from ..errors import ConfigError, PictureError
+from ..grids import Views, by_key
 from ..images.picture import Features, Picture
 from .build import Tower
-from .patches import PatchEmbedding
+from .patches import PatchEmbedding, grid_of
 from .pooling import mean2
 
 # float16 is left out: activations of SigLIP's and CLIP's sort overflow it.
@@ -50,6 +51,7 @@ class Encoder:
                 f"an encoder's pool (={pool!r}) must be 'none' or 'mean2'; "
                 "'concat2' and 'concat3' are the projector's."
             )
+        check_slices(tiling, config, pool)
         if tiling.image_size != config.image_size:
             raise ConfigError(
                 f"tiling.image_size (={tiling.image_size}) must equal "
@@ -60,6 +62,7 @@ class Encoder:
         self.tiling = tiling
         self.pool = pool
         self.dtype = dtype
+        # Of a view of image_size, where views differ.
         self.tokens = pooled_tokens(config, pool)
         self.width = config.hidden_size
         self._digest: tuple[list[mx.array], str] | None = None
@@ -89,8 +92,8 @@ class Encoder:
         for i, view in enumerate(views):
             sizes.setdefault(view.shape, []).append(i)
         tokens: dict[int, mx.array] = {}
-        most = max(1, MOST_TOKENS // self.config.num_tokens)
-        for same in sizes.values():
+        for size, same in sizes.items():
+            most = max(1, MOST_TOKENS // self._num_tokens(size))
             for at in range(0, len(same), most):
                 places = same[at : at + most]
                 features = self.run(self._shipped([views[i] for i in places]))
@@ -99,7 +102,11 @@ class Encoder:
         for picture in pictures:
             stop = start + len(picture.views)
             rows = [tokens[i] for i in range(start, stop)]
-            out.append(Features(rows, picture.grid, picture.size, picture.sha256))
+            features = Features(rows, picture.grid, picture.size, picture.sha256)
+            if self.tiling.varied:
+                shapes = (view.shape for view in views[start:stop])
+                features.grids = [grid_of(shape, self.config.patch_size) for shape in shapes]
+            out.append(features)
             start = stop
         return out
 
@@ -155,16 +162,40 @@ class Encoder:
             "image_std": list(config.image_std),
             "pool": self.pool,
         }
+        if config.takes_any_grid:
+            identity |= {"positions": config.positions, "position_grid": config.table_grid}
         return identity | {f"tiling.{k}": v for k, v in self.tiling.identity().items()}
 
-    def pixels(self, pictures: list[Picture]) -> mx.array:
-        """[views, H, W, 3] of all pictures in order, normalised, as `run` takes them."""
-        return self.normalise([np.asarray(view) for p in pictures for view in p.views])
+    def pixels(self, pictures: list[Picture]) -> Views:
+        """[views, H, W, 3] of all pictures in order, normalised, as `run` takes them; a list of
+        [H, W, 3] where views differ in size."""
+        views = [np.asarray(view) for p in pictures for view in p.views]
+        if len({view.shape for view in views}) == 1:
+            return self.normalise(views)
+        return [self.normalise([view])[0] for view in views]
 
     def run(self, pixels: mx.array) -> mx.array:
         """Tower and pooling alone: [views, H, W, 3] -> [views, tokens, width]; differentiable."""
         x = self.vision(pixels)
         return mean2(x, self.config.grid) if self.pool == "mean2" else x
+
+    def run_all(self, pixels: Views) -> Views:
+        """`run` of what `pixels` gives; a list of [tokens, width] for a list."""
+        if isinstance(pixels, mx.array):
+            return self.run(pixels)
+        return by_key(pixels, [view.shape for view in pixels], lambda same, _: self.run(same))
+
+    def shape_of(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """[tokens, width] of what a view of [H, W, 3] gives."""
+        whole = self._num_tokens(size) if self.config.takes_any_grid else self.tokens
+        return whole, self.width
+
+    def _num_tokens(self, size: tuple[int, ...]) -> int:
+        """Tokens that the tower gives of a view of [H, W, 3]."""
+        if not self.config.takes_any_grid:
+            return self.config.num_tokens
+        rows, columns = grid_of(size, self.config.patch_size)
+        return max(1, rows * columns)
 
     def _cast(self) -> None:
         # Weights may have been loaded after this encoder was made.

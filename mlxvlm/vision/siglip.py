@@ -15,7 +15,8 @@ from ..attention import PackedAttention
 from ..config import VisionConfig
 from ..errors import ConfigError
 from .blocks import MLP, Blocks, layer_number
-from .patches import PatchEmbedding
+from .patches import PatchEmbedding, grid_of
+from .positions import place
 
 
 class SiglipEmbeddings(nn.Module):
@@ -24,10 +25,13 @@ class SiglipEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.patch_embedding = PatchEmbedding(config)
-        self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.table_grid**2, config.hidden_size)
+        self.rule, self.patch_size = config.positions, config.patch_size
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        return self.patch_embedding(pixels) + self.position_embedding.weight
+        grid = grid_of(pixels.shape[1:3], self.patch_size)
+        x = self.patch_embedding(pixels)
+        return x + place(self.position_embedding.weight, self.rule, grid)
 
 
 class AttentionPool(nn.Module):
@@ -48,7 +52,7 @@ class AttentionPool(nn.Module):
 
 
 class SiglipVision(nn.Module):
-    """[N, S, S, 3] normalised pixels -> [N, tokens, D], the configured feature layer.
+    """[N, H, W, 3] normalised pixels -> [N, tokens, D], the configured feature layer.
 
     Blocks past that layer, the final norm and the head exist only where the config needs them.
     """

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.shapes import encoder, sigmoid, world  # noqa: E402
+from examples.shapes.camera import as_drawn  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -32,7 +33,7 @@ def test_transformers_reads_the_folder(tmp_path):
     model = sigmoid.make_model(tokenizer, small)
     model.logit_bias = mx.array([-3.0])
     sigmoid.save(model, tokenizer, tmp_path)
-    shown, ids = sigmoid.batch(tokenizer, [world.make_scene(seed) for seed in range(4)])
+    shown, ids = sigmoid.batch(tokenizer, [as_drawn(world.make_scene(seed)) for seed in range(4)])
     theirs, report = transformers.SiglipModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():

@@ -9,8 +9,8 @@ from mlxvlm.weights.families.towers import preprocessing, vision_config
 from mlxvlm.weights.folder import Checkpoint
 
 MODEL_TYPES = ("clip", "clip_vision_model")
-# What belongs to the rest of a whole CLIP.
-REST = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
+# What belongs to the rest of a whole CLIP, or of a SigLIP where the two are read alike.
+REST = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
 
 
 def rename(key: str) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from mlxvlm.config import ModelConfig, ProjectorConfig, PromptConfig
 from mlxvlm.errors import ConfigError
 from mlxvlm.language.load import DEFAULTS, translate
-from mlxvlm.weights.families.towers import preprocessing, vision_config
+from mlxvlm.weights.families.towers import preprocessing, processor, vision_config
 from mlxvlm.weights.folder import Checkpoint
 
 MODEL_TYPES = ("llava",)
@@ -58,7 +58,11 @@ def hub_name(name: str) -> str:
 
 
 def model(checkpoint: Checkpoint) -> ModelConfig:
-    """The five choices; the prompt's layout is left to who knows the tokenizer."""
+    """The five choices; the prompt's layout is left to who knows the tokenizer.
+
+    Where the image processor is CLIP's, which crops, and says nothing of padding, pictures are
+    padded as LLaVA's own code does; `load(..., resize="crop")` is what the file says.
+    """
     raw = checkpoint.config
     layer = raw.get("vision_feature_layer", -2)
     if isinstance(layer, list):
@@ -72,6 +76,9 @@ def model(checkpoint: Checkpoint) -> ModelConfig:
         vision_feature_select_strategy=raw.get("vision_feature_select_strategy", "default"),
     )
     tiling, mean, std = preprocessing(checkpoint.folder, vision)
+    if tiling.resize == "crop" and "do_pad" not in processor(checkpoint.folder):
+        # LLaVA-1.5 was trained on padded pictures, which CLIP's processor cannot say.
+        tiling = tiling.resized("pad", mean)
     return ModelConfig(
         tiling=tiling,
         vision=dataclasses.replace(vision, image_mean=mean, image_std=std),

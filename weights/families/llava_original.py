@@ -6,6 +6,14 @@
 
 config.json is the language model's, with LLaVA's choices beside (`mm_vision_tower`, `mm_...`). A
 tower that was left out is read from the repository, or the folder, that `mm_vision_tower` names.
+
+A run that kept its language model as it was leaves that out too, and holds only what was trained:
+
+    mm_projector.safetensors             its first stage: model.mm_projector.*
+    non_lora_trainables.safetensors      its LoRA stage: the projector, with "base_model.model."
+      adapter_model.safetensors          before each name, and PEFT's adapters
+
+with config.json as above. Trainers write them as pickles (.bin), which are never opened.
 """
 
 from __future__ import annotations
@@ -16,13 +24,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.config import TILINGS, ModelConfig, ProjectorConfig, PromptConfig, read_json
-from mlxvlm.errors import ConfigError
+from mlxvlm.errors import ConfigError, WeightsError
 from mlxvlm.language.load import translate
-from mlxvlm.weights.families import clip, siglip
+from mlxvlm.weights import peft
+from mlxvlm.weights.elsewhere import Elsewhere
+from mlxvlm.weights.families import clip
 from mlxvlm.weights.families.llava import LARGE_CLIP
 from mlxvlm.weights.families.llava_next import grids
-from mlxvlm.weights.families.towers import preprocessing, vision_config
-from mlxvlm.weights.folder import Checkpoint
+from mlxvlm.weights.families.towers import preprocessing, tower_config, vision_config
+from mlxvlm.weights.folder import (
+    PEFT_ADAPTERS,
+    TRAINED,
+    Checkpoint,
+    only_pickles,
+    weight_files,
+    whole_files,
+)
 
 if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
@@ -48,6 +65,7 @@ BESIDE = (
     "use_mm_",
     "tokenizer_",
     "vision_config",
+    "quantization",
 )
 
 
@@ -70,32 +88,90 @@ def rename(key: str) -> str | None:
     return clip.rename(key)
 
 
-def add_tower(checkpoint: Checkpoint, resolve: Callable[[str], Path]) -> None:
-    """Gives the checkpoint its tower's config, and its tensors where they lie elsewhere.
+def assemble(
+    folder: Path, opened: Callable[[Path], Checkpoint], elsewhere: Elsewhere
+) -> Checkpoint:
+    """The checkpoint of a folder, with the parts that it leaves out."""
+    raw = read_json(folder / "config.json")
+    if _holds_a_part(folder):
+        checkpoint = _with_base(folder, raw, elsewhere)
+    else:
+        checkpoint = opened(folder)
+    _add_tower(checkpoint, elsewhere)
+    return checkpoint
 
-    resolve: from a hub id or a path to a folder.
-    """
+
+def _holds_a_part(folder: Path) -> bool:
+    """Whether a folder has a projector or adapters, and no language model."""
+    if whole_files(folder):
+        return False
+    trained = [name for name in TRAINED if (folder / name).is_file()]
+    adapters = peft.is_adapter(folder)
+    if not trained and not adapters:
+        return False
+    wanted = [TRAINED[1], PEFT_ADAPTERS] if adapters else trained
+    lacking = [Path(name) for name in wanted if not (folder / name).is_file()]
+    pickles = [n for n in (f"{name.stem}.bin" for name in lacking) if (folder / n).is_file()]
+    if pickles:
+        raise only_pickles(folder, pickles)
+    if lacking:
+        raise WeightsError(
+            f"{folder} holds adapters, and lacks {' and '.join(map(str, lacking))}. On the hub "
+            f"that may be a pickle ({lacking[0].stem}.bin), which is not fetched: run hf download "
+            "REPO --local-dir DIR, and give DIR to be shown the command that converts it."
+        )
+    return True
+
+
+def _with_base(folder: Path, raw: dict[str, Any], elsewhere: Elsewhere) -> Checkpoint:
+    """A language model's tensors, and over them what was trained."""
+    adapters = peft.is_adapter(folder)
+    named = (peft.base_of(folder) if adapters else "") or raw.get("_name_or_path")
+    base = elsewhere.find("language", named, folder)
+    theirs = read_json(base / "config.json")
+    kind, kinds = theirs.get("model_type"), (DECODERS[raw["model_type"]], *MODEL_TYPES)
+    if kind not in kinds:
+        raise ConfigError(
+            f"{base} is of type {kind!r}, and {folder} belongs to a language model of type "
+            f"{kinds[0]!r}."
+        )
+    # Whatever a trainer did to the base in its memory, the tensors are as the base's own say.
+    for name in ("quantization", "quantization_config"):
+        raw.pop(name, None)
+        if name in theirs:
+            raw[name] = theirs[name]
+    checkpoint = Checkpoint(folder, raw, language=base)
+    checkpoint.add(weight_files(base))
+    trained = Checkpoint(folder, raw)
+    trained.add(folder / name for name in TRAINED if (folder / name).is_file())
+    # As LLaVA's loader does (load_pretrained_model in llava/model/builder.py).
+    names = [name.removeprefix("base_model.") for name in trained.tensors]
+    twice = any(name.startswith("model.model.") for name in names)
+    checkpoint.tensors.update(
+        (name.removeprefix("model.") if twice else name, tensor)
+        for name, tensor in zip(names, trained.tensors.values(), strict=True)
+    )
+    if adapters:
+        peft.attach(checkpoint, folder, rename)
+    return checkpoint
+
+
+def _add_tower(checkpoint: Checkpoint, elsewhere: Elsewhere) -> None:
+    """Gives the checkpoint its tower's config, and its tensors where they lie elsewhere."""
     raw = checkpoint.config
-    name = raw["mm_vision_tower"]
+    name = elsewhere.vision or raw["mm_vision_tower"]
     if not isinstance(name, str) or not name:
         raise ConfigError(f"mm_vision_tower (={name!r}) must name a repository or a folder.")
     inside = any(key.startswith(TOWER) for key in checkpoint.tensors)
     if inside and name in KNOWN:
         raw["vision_config"] = KNOWN[name]
         return
-    tower = Checkpoint(folder := resolve(name), read_json(folder / "config.json"))
+    folder = elsewhere.find("vision", name, checkpoint.folder)
+    tower = Checkpoint(folder, read_json(folder / "config.json"))
     if not inside:
         tower = Checkpoint.open(folder)
         checkpoint.tensors.update(tower.tensors)
-    kind = tower.config.get("model_type")
-    if kind not in (*clip.MODEL_TYPES, *siglip.MODEL_TYPES):
-        raise ConfigError(
-            f"mm_vision_tower (={name}) is of type {kind!r}; only CLIP and SigLIP towers are "
-            "supported."
-        )
-    own = tower.config.get("vision_config")
-    whole = {"model_type": f"{kind}_vision_model", **own} if isinstance(own, dict) else tower.config
-    raw["vision_config"] = whole
+    raw["vision_config"] = tower_config(tower.config, name)
     checkpoint.tower = folder
 
 

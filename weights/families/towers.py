@@ -82,6 +82,21 @@ def vision_config(raw: dict[str, Any], **ours: Any) -> VisionConfig:
     return VisionConfig(model_type=kind, **known, **ours)
 
 
+def tower_config(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """The `vision_config` of a CLIP's or SigLIP's config.json, whole or of its tower alone.
+
+    name: what the tower is called, for the error.
+    """
+    kind = raw.get("model_type")
+    if kind not in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
+        raise ConfigError(
+            f"the vision tower {name} is of type {kind!r}; only CLIP and SigLIP towers are "
+            "supported."
+        )
+    own = raw.get("vision_config")
+    return {"model_type": f"{kind}_vision_model", **own} if isinstance(own, dict) else raw
+
+
 def preprocessing(
     folder: Path, vision: VisionConfig
 ) -> tuple[TilingConfig, tuple[float, ...], tuple[float, ...]]:
@@ -169,8 +184,7 @@ def processor_config(tiling: TilingConfig, vision: VisionConfig) -> dict[str, An
     }
     if not squash:
         raw["crop_size"] = square
-    if tiling.resize == "pad":
-        raw["do_pad"] = True
+        raw["do_pad"] = tiling.resize == "pad"
     return raw
 
 
