@@ -23,7 +23,6 @@ def fuse(
         str | None,
         typer.Option(help="Folder that `mlxvlm lora` or PEFT wrote; an export holds its own."),
     ] = None,
-    language: Language = None,
     requantize: Annotated[
         bool,
         typer.Option(
@@ -32,6 +31,7 @@ def fuse(
             "was learnt is rounded away.",
         ),
     ] = False,
+    language: Language = None,
     vision: Vision = None,
 ) -> None:
     """Merge adapters into their model.
@@ -41,24 +41,25 @@ def fuse(
     """
     from mlxvlm.weights.fuse import fuse
 
-    fused = fuse(
+    done = fuse(
         model,
         out,
         adapter_path,
+        requantise=requantize,
         language=language,
         vision=vision,
-        requantise=requantize,
         report=lambda download: typer.echo(str(download), err=True),
     )
-    typer.echo(f"Saved {out}. Talk to it: mlxvlm chat -m {out}")
-    if fused.quantised and requantize:
+    size = f", {done.after / 1e9:.2f} GB" if done else ""
+    typer.echo(f"Saved {out}{size}. Talk to it: mlxvlm chat -m {out}")
+    if done and done.quantised and requantize:
         typer.echo(
-            f"{fused.quantised} layers under adapters were quantised again, as they were: part of "
+            f"{done.quantised} layers under adapters were quantised again, as they were: part of "
             "what was learnt is rounded away. Without --requantize they stay whole."
         )
-    elif fused.quantised:
+    elif done and done.quantised:
         typer.echo(
-            f"{fused.quantised} quantised layers under adapters are unquantised now, so that "
-            f"nothing learnt is lost: {fused.after / 1e9:.2f} GB instead of "
-            f"{fused.before / 1e9:.2f}. --requantize keeps them small, and rounds part of it away."
+            f"{done.quantised} quantised layers under adapters are unquantised now, so that "
+            f"nothing learnt is lost: {done.after / 1e9:.2f} GB instead of "
+            f"{done.before / 1e9:.2f}. --requantize keeps them small, and rounds part of it away."
         )

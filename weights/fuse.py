@@ -18,10 +18,9 @@ from mlxvlm.weights.load import load, open_whole
 from mlxvlm.weights.save import save
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fused:
-    """What `fuse` wrote. quantised: how many layers under adapters were so. before, after: bytes of
-    the model's tensors without adapters, and of the fused one's."""
+    """What merging did: quantised layers that had adapters, the weights' bytes before and after."""
 
     quantised: int
     before: int
@@ -33,28 +32,29 @@ def fuse(
     out: str | Path,
     adapter: str | Path | None = None,
     *,
+    requantise: bool = False,
     language: str | None = None,
     vision: str | None = None,
-    requantise: bool = False,
     report: Callable[[Download], Any] | None = None,
-) -> Fused:
-    """Writes a model with its adapters merged to the folder `out`.
+) -> Fused | None:
+    """Writes a model with its adapters merged to the folder `out`; None where they were merged as
+    they were read, into layers that are not quantised.
 
     adapter: a folder of `mlxvlm lora` or of PEFT; None for an export of LLaVA or XTuner, which has
-    its own. language, vision: as in `load`. requantise: layers under adapters that were quantised
-    become so again, which rounds away part of what was learnt; else they stay whole.
+    its own. requantise: as in `lora.fuse`. language, vision: as in `load`.
     """
     where = {"language": language, "vision": vision, "report": report}
     if adapter is not None:
         check_out(out, model, adapter)
         vlm = load(model, adapter=adapter, **where)
-        tensors = tensors_of(vlm)
-        before = sum(x.nbytes for name, x in tensors if not is_adapter(name))
-        quantised = 0
-        if any(is_adapter(name) for name, _ in tensors):  # PEFT's are merged as they are read
+        own = [(name, tensor.nbytes) for name, tensor in tensors_of(vlm)]
+        fused = None
+        if any(is_adapter(name) for name, _ in own):  # PEFT's are merged as they are read
             quantised = lora.fuse(vlm, requantise)
+            before = sum(size for name, size in own if not is_adapter(name))
+            fused = Fused(quantised, before, sum(x.nbytes for _, x in tensors_of(vlm)))
         save(vlm, out)
-        return Fused(quantised, before, sum(x.nbytes for _, x in tensors_of(vlm)))
+        return fused
     check_out(out, model)
     folder = resolve(model, report=report)
     _, checkpoint, *_ = open_whole(folder, **where)
@@ -63,5 +63,5 @@ def fuse(
             f"{model} holds no adapters: name their folder with --adapter-path. (mlxvlm convert "
             "writes a model without any in mlxvlm's own layout.)"
         )
-    size = convert(folder, out, **where).bytes
-    return Fused(0, size, size)
+    convert(folder, out, **where)
+    return None
