@@ -236,7 +236,7 @@ def test_the_head_runs_at_the_last_position_alone(model_type, monkeypatch):
 
 @pytest.mark.parametrize(
     ("step", "at_once", "wanted"),
-    [(1, 256, [1] * 11), (4, 256, [4, 4, 2, 1]), (11, 256, [11]), (64, 256, [11])]
+    [(1, 64, [1] * 11), (4, 64, [4, 4, 2, 1]), (11, 64, [11]), (64, 64, [11])]
     + [(64, 10, [10, 1]), (4, 10, [4, 4, 2, 1])],
 )
 def test_what_is_short_is_read_at_once(lm, step, at_once, wanted, monkeypatch):

@@ -21,8 +21,8 @@ from .forward import last_logits
 PREFILL_STEP_SIZE = 2048
 
 # What is longer is read without its last token first: keys and values do not need the last block's
-# attention and MLP, nor the head, and those of many tokens cost more than a step for one.
-AT_ONCE = 256
+# attention and MLP, which for so many tokens cost more than a step for one, on any machine.
+AT_ONCE = 64
 
 # How many of the latest tokens a repetition penalty looks at (mlx-lm's own default).
 REPETITION_CONTEXT_SIZE = 20
