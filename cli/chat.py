@@ -76,7 +76,10 @@ def chat(
     temp: Annotated[
         float | None,
         typer.Option(
-            "--temp", min=0.0, help="Sampling temperature; 0 is greedy. " + MODELS_CHOICE + "0."
+            "--temp",
+            "--temperature",
+            min=0.0,
+            help="Sampling temperature; 0 is greedy. " + MODELS_CHOICE + "0.",
         ),
     ] = None,
     top_p: Annotated[

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import ConfigError, VLMError
 from .language.generate import (
     PREFILL_STEP_SIZE,
+    Prefill,
     Sampling,
     check_settings,
     decoder_of_many,
-    prefill,
 )
 from .language.kv import KVSettings, copied, make_caches
 from .reply import Draft, Reply, generate, room, with_defaults
@@ -217,9 +218,8 @@ def _read(vlm: VLM, ask: Ask, allow_urls: bool, reuse: Reuse, settings: dict[str
     step = settings.get("prefill_step_size", PREFILL_STEP_SIZE)
     # Ids that are safe to look up: embeddings rule where pictures are.
     ids = Sampling(prompt.tokens, (vlm.config.prompt.image_token_id,)).ids
-    return _Read(
-        prompt, prefill(vlm.language, ids, embeddings, caches, step), caches, started, most
-    )
+    logits = Prefill(vlm.language, ids, embeddings, caches, step).finish()
+    return _Read(prompt, logits, caches, started, most)
 
 
 def _begin(
@@ -243,7 +243,8 @@ def _begin(
     known = length if number else 0
     stops, detokenizer = StopStrings(stop), tokenizer.detokenizer()
     draft = Draft(length, known, read.started, stop_ids, stops, detokenizer)
-    first = sampling.first(read.logits)
+    tokens = mx.array(sampling.ids.astype(np.int32))
+    first = int(np.array(sampling.draw(tokens, read.logits))[0])
     draft.add(first)
     if draft.stopped or read.most == 1:
         return _done(draft)

@@ -236,6 +236,7 @@ def test_losses_and_gradients_are_the_same_from_pixels_and_features(checkpointed
     assert found["pixels"][0] == pytest.approx(found["features"][0], abs=1e-5)
     for name, gradient in found["features"][1].items():
         if not name.startswith("vision."):
-            assert mx.allclose(gradient, found["pixels"][1][name], atol=1e-4), name
+            # Bytes are normalised in the patches' weights, pixels before: other roundings.
+            assert mx.allclose(gradient, found["pixels"][1][name], rtol=1e-4, atol=1e-4), name
     table = found["pixels"][1]["vision.embeddings.position_embedding.weight"]
     assert mx.abs(table).max().item() > 1e-5

@@ -126,8 +126,8 @@ def test_samples_are_those_of_single_calls(kind):
 
 def test_the_prompt_is_read_once(monkeypatch):
     read = []
-    inner = mlxvlm.batch.prefill
-    monkeypatch.setattr(mlxvlm.batch, "prefill", lambda *a: read.append(1) or inner(*a))
+    inner = mlxvlm.batch.Prefill
+    monkeypatch.setattr(mlxvlm.batch, "Prefill", lambda *a: read.append(1) or inner(*a))
     samples(tiny_vlm(), QUESTION, [picture(1)], 5, batch_size=2, max_tokens=3)
     assert read == [1]
 

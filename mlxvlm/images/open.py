@@ -19,8 +19,11 @@ from ..errors import PictureError
 from .colour import array_to_rgb, to_rgb
 from .fetch import fetch
 
-# Pillow's own error limit (2 x PIL.Image.MAX_IMAGE_PIXELS), which stays in force above it.
-MAX_PIXELS = 178_956_970
+# Decoded and as RGB, 4 bytes a pixel each and 2 more in a progressive JPEG: 1.2 GB. Pillow's own
+# limit (2 x PIL.Image.MAX_IMAGE_PIXELS) stays in force above it.
+MAX_PIXELS = 120_000_000
+# Decoders that hold twice as much.
+GREEDY = ("WEBP", "AVIF", "HEIF", "JPEG2000")
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
@@ -58,7 +61,7 @@ def open_picture(
         return _with_pixel_digest(array_to_rgb(source))
     if isinstance(source, Image.Image):
         check_size(source.size, max_pixels, "the image")
-        return _with_pixel_digest(_decode(source, "the image"))
+        return _with_pixel_digest(_decode(source, "the image", ours=False))
     if isinstance(source, bytes | bytearray | memoryview):
         return _open_bytes(bytes(source), "the picture in memory", max_pixels)
     if isinstance(source, str) and (scheme := _scheme(source)):
@@ -124,11 +127,11 @@ def _open_bytes(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, s
 
 def _open_stream(file: IO[bytes], name: str, max_pixels: int) -> tuple[Image.Image, str]:
     image = identify(file, name)
-    check_size(image.size, max_pixels, name)
+    check_size(image.size, _limit(image, max_pixels), name)
     place = file.tell()
     digest = _digest(file, name)
     file.seek(place)
-    return _decode(image, name), digest
+    return _decode(image, name, ours=True), digest
 
 
 def _size_in_header(file: IO[bytes], name: str, max_pixels: int) -> tuple[int, int] | None:
@@ -136,7 +139,7 @@ def _size_in_header(file: IO[bytes], name: str, max_pixels: int) -> tuple[int, i
     if image.format not in WITH_SIZE:
         return None
     width, height = image.size
-    check_size(image.size, max_pixels, name)
+    check_size(image.size, _limit(image, max_pixels), name)
     try:
         turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:  # as in `_decode`
@@ -172,7 +175,7 @@ def identify(file: IO[bytes], name: str) -> Image.Image:
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name} is too large ({error}): make it smaller first.") from error
+        raise _too_large(name, error) from error
     except UnidentifiedImageError as error:
         raise PictureError(f"{name} {_why_unknown(prefix)}") from error
     except MemoryError:
@@ -198,13 +201,14 @@ def _why_unknown(prefix: bytes) -> str:
     return "is not a picture: no format that Pillow reads begins as it does."
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Pixels of an identified image: loaded, RGB over white, upright."""
+def _decode(image: Image.Image, name: str, ours: bool) -> Image.Image:
+    """Pixels of an identified image: loaded, RGB over white, upright. ours: it is given up for
+    them, so that no more than two copies are held."""
     _hush_pillow()
     try:
         image.load()
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name} is too large ({error}): make it smaller first.") from error
+        raise _too_large(name, error) from error
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged data
@@ -214,6 +218,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except Exception:  # broken EXIF does not make a picture unusable
         orientation = 1
     rgb = to_rgb(image, name)
+    if ours:
+        image.close()
     method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return rgb if method is None else rgb.transpose(method)
 
@@ -223,6 +229,15 @@ def _damaged(name: str, kind: str, error: Exception) -> PictureError:
     return PictureError(
         f"{name} is a {what} that is cut short or damaged "
         f"({str(error) or type(error).__name__}): get it again from its source."
+    )
+
+
+def _too_large(name: str, error: Exception) -> PictureError:
+    """Pillow's own refusal, which comes before the size can be asked."""
+    pixels, limit = (*map(int, re.findall(r"\d+", str(error))), 0, 0)[:2]
+    return PictureError(
+        f"{name} is too large: it has {pixels / 1e6:.1f} million pixels, and the limit is "
+        f"{min(limit, MAX_PIXELS) / 1e6:.1f} million: make it smaller first."
     )
 
 
@@ -236,6 +251,11 @@ def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
             f"{name} is too large: {width} x {height} is {width * height / 1e6:.1f} million "
             f"pixels, and the limit is {max_pixels / 1e6:.1f} million: make it smaller first."
         )
+
+
+def _limit(image: Image.Image, max_pixels: int) -> int:
+    """The most pixels that this picture may have."""
+    return min(max_pixels, MAX_PIXELS // 2) if image.format in GREEDY else max_pixels
 
 
 def _scheme(source: str) -> str:
