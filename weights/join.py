@@ -82,13 +82,11 @@ def join(
                 "hidden states to choose from."
             )
         tower, tiles = eve.choices(str(vision))
-        projector = projector or ProjectorConfig(type="mlp")
+        usual = ProjectorConfig(type="mlp")
     else:
         eyes, family = open_encoder(vision, revisions[0], report)
         tower, tiles = encoder_configs(eyes, family, feature_layer, feature_norm, tiling)
-    if projector is None:
-        whole = family is not None and eyes is not None and family in WHOLE
-        projector = family.model(eyes).projector if whole else ProjectorConfig()
+        usual = family.model(eyes).projector if family in WHOLE else ProjectorConfig()
     folder = resolve(language, revisions[1], report)
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
@@ -101,7 +99,7 @@ def join(
     config = ModelConfig(
         tiling=dataclasses.replace(tiles, image_size=wide.image_size),
         vision=wide,
-        projector=projector,
+        projector=projector or usual,
         prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=merge),
         language=raw,
         about=about,
