@@ -34,23 +34,25 @@ def build(
     vision: Annotated[
         str,
         typer.Option(
-            help="SigLIP, CLIP, InternViT, or a model whose encoder to take: a folder or a hub id."
+            help="SigLIP, CLIP, InternViT, or a model whose encoder to take: a folder or a hub id; "
+            "or a fresh layer of patches, as EVE's: eve-patch14-anypixel-672, or -1344."
         ),
     ],
     language: Annotated[str, typer.Option(help="A language model: a folder or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the new model.")],
     projector: Annotated[
-        Literal["attention", "mlp", "c_abstractor", "resampler", "spatial_resampler"],
+        Literal["attention", "mlp", "c_abstractor", "resampler", "spatial_resampler"] | None,
         typer.Option(
             help="Self-attention blocks; LLaVA's two linear layers; Honeybee's convolutions around "
             "a pooling, as in MM1.5; MiniCPM-V's queries, which look at every patch; or "
-            "LLaVA-UHD's, which look at their own part of the view."
+            "LLaVA-UHD's, which look at their own part of the view. Default: attention; beside a "
+            "model's encoder, all as that model has it."
         ),
-    ] = "attention",
+    ] = None,
     pool: Annotated[
-        Literal["none", "mean2", "concat2", "concat3"],
-        typer.Option(help="Fewer visual tokens: means, or neighbours side by side."),
-    ] = "none",
+        Literal["none", "mean2", "concat2", "concat3"] | None,
+        typer.Option(help="Fewer visual tokens: means, or neighbours side by side. [none]"),
+    ] = None,
     num_query_tokens: Annotated[
         int | None,
         typer.Option(
@@ -60,8 +62,8 @@ def build(
         ),
     ] = None,
     projector_width: Annotated[
-        int, typer.Option(min=0, help="Width of the projector; 0 is its default.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Width of the projector; 0 is its default. [0]")
+    ] = None,
     projector_layers: Annotated[
         int | None,
         typer.Option(
@@ -197,12 +199,13 @@ def build(
         "layer_norm": projector_norm,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    kind = projector or "attention"
     for name in given:
         flag, kinds = OWN_FLAGS[name]
-        if projector not in kinds:
-            raise UsageError(
-                f"{flag} belongs to --projector {' or '.join(kinds)}, not {projector}."
-            )
+        if kind not in kinds:
+            raise UsageError(f"{flag} belongs to --projector {' or '.join(kinds)}, not {kind}.")
+    general = {"type": projector, "pool": pool, "hidden_size": projector_width}
+    given |= {name: value for name, value in general.items() if value is not None}
     fields: dict[str, Any] = {**TILINGS[tiling], **limits} if tiling else {}
     if thumbnail is not None:
         fields["use_thumbnail"] = thumbnail
@@ -213,7 +216,7 @@ def build(
     vlm = join(
         vision,
         language,
-        ProjectorConfig(type=projector, pool=pool, hidden_size=projector_width, **given),
+        ProjectorConfig(**given) if given else None,
         tiling=fields,
         image_size=image_size,
         view_marks=view_marks or "",
@@ -230,14 +233,15 @@ def build(
     )
     save(vlm, out)
     tiles, views = vlm.config.tiling, ""
-    if tiles.type != "single":
+    upto = "up to " if tiles.type == "whole" else ""
+    if tiles.type not in ("single", "whole"):
         more = ", and a thumbnail" if tiles.use_thumbnail else ""
         more = ", and the whole" if tiles.type in ("anyres", "slices", "cover") and more else more
         least, most = tiles.min_tiles, tiles.max_tiles
         number = f"{least} to {most}" if least < most else str(most)
         views = f", {number} tiles a picture{more}"
     typer.echo(
-        f"Saved {out}: {vlm.config.tokens_per_view} visual tokens a view{views}. "
+        f"Saved {out}: {upto}{vlm.config.tokens_per_view} visual tokens a view{views}. "
         f"The projector is untrained: mlxvlm pretrain --model {out}"
     )
 

@@ -147,6 +147,7 @@ def cache_embeddings(
         raise DataError(f"{len(bad_rows):,} rows cannot be used; the first, {where}: {reason}")
 
     from mlxvlm.cache.plan import make_plan
+    from mlxvlm.config import EVE
     from mlxvlm.machine import backup, limits, power, sync
     from mlxvlm.weights.load import load_encoder, load_projected
 
@@ -157,13 +158,16 @@ def cache_embeddings(
             "--pool belongs to the encoder; with --at projector the model has its own."
         )
     take = load_projected if at == "projector" else partial(load_encoder, pool=pool)
-    encoder = take(
+    encoder: Any = take(
         model,
         dtype=dtype,
         revision=revision,
         tiling={"resize": resize} if resize else None,
         report=lambda download: say(str(download)),
     )
+    # An encoder with its projector knows the whole model's choices.
+    if getattr(encoder.config, "vision", encoder.config).model_type == EVE:
+        encoder = _teacher_of(encoder, model, dtype, (at, pool, resize))
     jobs = distinct(sources, encoder.tiling, max_tiles)[:limit]
     del sources
     earlier: list[Any] = []
@@ -215,6 +219,25 @@ def cache_embeddings(
         return
     list_skipped([*bad_rows, *summary.failures])
     typer.echo(told(summary, out))
+
+
+def _teacher_of(student: Any, model: str, dtype: str | None, given: tuple[Any, ...]) -> Any:
+    """The frozen encoder that a model without one learns from."""
+    from mlxvlm.train.teacher import load_teacher
+
+    if given != ("encoder", None, None):
+        raise UsageError(
+            f"{model} has no frozen encoder, and its teacher's features are cached as they are: "
+            "leave out --at projector, --pool and --resize."
+        )
+    config = student.config
+    say(
+        f"{model} has no frozen encoder: its patches are embedded by what trains. These are the "
+        f"features of its teacher, {config.teacher}, which training takes as --teacher-cache."
+    )
+    return load_teacher(
+        config, student.tiling, dtype=dtype, report=lambda download: say(str(download))
+    )
 
 
 def describe(summary: Summary, out: Path, bad_rows: list[tuple[str, str]]) -> dict[str, Any]:

@@ -41,6 +41,19 @@ def chat(
         list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about.")
     ] = None,
     model: ModelOrDemo = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--video",
+            metavar="FILE",
+            help="An animation (GIF, WebP, APNG) or a video file to show as frames (may be "
+            "repeated; files take `pip install 'mlxvlm[video]'`).",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option("--frames", min=1, help="The most frames of a --video. Default: 8."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +76,10 @@ def chat(
     temp: Annotated[
         float | None,
         typer.Option(
-            "--temp", min=0.0, help="Sampling temperature; 0 is greedy. " + MODELS_CHOICE + "0."
+            "--temp",
+            "--temperature",
+            min=0.0,
+            help="Sampling temperature; 0 is greedy. " + MODELS_CHOICE + "0.",
         ),
     ] = None,
     top_p: Annotated[
@@ -118,6 +134,25 @@ def chat(
             "--draw",
             metavar="FILE",
             help="Draw the boxes that an answer names on the last picture shown (PNG, JPEG, WebP).",
+        ),
+    ] = None,
+    vote: Annotated[
+        bool,
+        typer.Option(
+            "--vote",
+            help="With -p: sample several answers, each with its steps, and say what most of them "
+            "come to.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="With --vote: how many answers. Default: 8."),
+    ] = None,
+    reason: Annotated[
+        bool | None,
+        typer.Option(
+            "--reason/--no-reason",
+            help="With --vote: ask for steps before the answer. [on, but for the small model]",
         ),
     ] = None,
     batch: Annotated[
@@ -199,23 +234,42 @@ def chat(
 ) -> None:
     """Talk about pictures: a prompt loop, or one answer with -p."""
     paths = [checked(image) for image in images or []]
+    videos = [checked(one) for one in video or []]
+    if frames is not None and batch is not None:
+        raise UsageError("--frames and --batch do not go together; drop one.")
     file = None
     if batch is not None:
         others = {
             "IMAGE": paths,
+            "--video": videos,
             "--prompt": prompt,
             "--json": as_json,
             "--draw": draw,
+            "--vote": vote,
             "--prompt-cache": prompt_cache,
             "--max-kv-size": max_kv_size,
             "--kv-bits": kv_bits,
         }
         file = _batch_file(batch, out, text_of(system), others)
-    elif out is not None or batch_size is not None:
+    elif out is not None or (batch_size is not None and not vote):
         raise UsageError("--out and --batch-size go with --batch FILE, which is not given.")
     question = _question(prompt, as_json)
+    if vote:
+        others = {
+            "--draw": draw,
+            "--prompt-cache": prompt_cache,
+            "--max-kv-size": max_kv_size,
+            "--kv-bits": kv_bits,
+        }
+        _check_vote(question, others)
+    elif samples is not None or reason is not None:
+        raise UsageError("--samples and --reason go with --vote, which is not given.")
+    if frames is not None and question is not None and not videos:
+        raise UsageError("--frames is of a --video FILE, which is not given.")
     drawing = None
     if draw is not None:
+        if videos:
+            raise UsageError("--draw draws on pictures, and not on a --video; drop one.")
         from mlxvlm.cli.draw import Drawing
 
         drawing = Drawing(draw, allow_urls, tell=note)
@@ -268,6 +322,17 @@ def chat(
         reuse = Reuse(vlm, cache=opened)
         file.answer(vlm, allow_urls=allow_urls, reuse=reuse, stop=stop or (), **sizes, **settings)
         return
+    if vote:
+        from mlxvlm.cli.vote import tell
+
+        if reason is None and model is None:
+            reason = False  # the small model was never asked for steps
+        asked = {"samples": samples, "reason": reason, "batch_size": batch_size}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        shown = {"model": model or DEMO, "images": paths, **({"videos": videos} if videos else {})}
+        asked |= {"reuse": Reuse(vlm, cache=opened), "stop": stop or (), "allow_urls": allow_urls}
+        tell(vlm, str(question), text_of(system), (shown, frames), as_json, **asked, **settings)
+        return
     conversation = Conversation(
         vlm,
         system=text_of(system),
@@ -281,6 +346,9 @@ def chat(
     )
     conversation.add(*paths)
     talk = Talk(conversation, paths, drawing, hints=model is None)
+    if frames is not None:
+        talk.frames = frames
+    talk.show_videos(videos)
     if question is None:
         loop(talk)
     elif as_json:
@@ -292,7 +360,8 @@ def chat(
         if drawing:
             drawn = drawing.answer(reply, paths)
             told["drawn"] = None if drawn is None else str(drawn)
-        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **told}))
+        shown = {"videos": videos} if videos else {}
+        typer.echo(json.dumps({"model": model or DEMO, "images": paths, **shown, **told}))
     else:
         talk.ask(question, once=True)
     if disk is not None and disk.problem:
@@ -319,6 +388,13 @@ def _batch_file(source: str, out: str | None, system: str, others: dict[str, Any
     from mlxvlm.cli.batch import BatchFile
 
     return BatchFile(source, out, system)
+
+
+def _check_vote(question: str | None, others: dict[str, Any]) -> None:
+    if question is None:
+        raise UsageError("--vote wants the question: -p TEXT.")
+    if found := [name for name, value in others.items() if value]:
+        raise UsageError(f"--vote and {found[0]} do not go together; drop one.")
 
 
 def _opened(cache: str | None) -> EmbeddingCache | None:

@@ -153,6 +153,35 @@ def check(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def frames(
+    video: Annotated[
+        Path, typer.Argument(metavar="VIDEO", help="An animation, or a video file (with PyAV).")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures.")],
+    count: Annotated[
+        int | None, typer.Option("--frames", min=1, help="The most frames. Default: 8.")
+    ] = None,
+    question: Annotated[str, typer.Option(metavar="TEXT", help="Of the row.")] = "What happens?",
+    answer: Annotated[str, typer.Option(metavar="TEXT", help="Of the row.")] = "",
+) -> None:
+    """Write evenly sampled frames of VIDEO as PNG, and print the row of data that shows them."""
+    from mlxvlm.frames import label
+    from mlxvlm.images.video import FRAMES, open_frames
+
+    found = open_frames(video, count or FRAMES)
+    names = [f"{video.stem}-{number}.png" for number in range(1, len(found) + 1)]
+    if there := [name for name in names if (out / name).exists()]:
+        raise UsageError(f"{out / there[0]} exists already: name another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, found, strict=True):
+        image.save(out / name)
+    lines = [f"{label(number)}<image>" for number in range(1, len(found) + 1)]
+    turns = [{"role": "user", "content": "\n".join([*lines, question])}]
+    turns.append({"role": "assistant", "content": answer})
+    typer.echo(json.dumps({"images": names, "messages": turns}, ensure_ascii=False))
+
+
 def _tell(report: Report, model: str, fast: bool) -> None:
     from mlxvlm.data.check import describe
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HELP = """\
 /image PATH...  show pictures; the next question is about them (quote a path with spaces).
                 A picture dragged into the window is shown too.
+/video PATH...  show videos or animations, as frames
 /images         list the pictures shown
 /retry [TEMP]   ask the last question again, at another temperature if you like
 /system [TEXT]  another system message from now on; without TEXT, say what it is
@@ -46,7 +47,8 @@ class Talk:
     """A conversation as the terminal has it.
 
     pictures: paths and URLs of what it shows. hints: whether no model was named, so that a refusal
-    is to be followed, once, by a command that names one. last: the last answer.
+    is to be followed, once, by a command that names one. last: the last answer. frames: of a video.
+    videos: those among the pictures.
     """
 
     conversation: Conversation
@@ -54,6 +56,8 @@ class Talk:
     drawing: Drawing | None
     hints: bool
     last: Reply | None = None
+    frames: int = 8
+    videos: list[str] = field(default_factory=list)
 
     def ask(self, question: str, once: bool = False) -> None:
         self.say(self.conversation.ask(question), question if once else "")
@@ -77,27 +81,50 @@ class Talk:
         waiting = self.conversation.waiting
         note(f"({waiting} picture{'s' if waiting > 1 else ''} for the next question)")
 
+    def show_videos(self, paths: list[str]) -> None:
+        """Each as pictures that go by the video's name."""
+        for path in paths:
+            added = self.conversation.add_video(path, self.frames)
+            self.pictures = [*self.pictures, *[path] * len(added)]
+            self.videos.append(path)
+
     def clear(self) -> None:
         self.conversation.clear()
-        self.pictures = []
+        self.pictures, self.videos = [], []
         self.last = None
 
     def row(self) -> dict[str, object]:
         """The talk so far, as a row of training data; pictures that no question shows stay out."""
+        if self.videos:
+            raise UsageError(
+                f"this talk shows frames of {self.videos[0]}, which are no files that a row could "
+                "name: `mlxvlm data frames` writes them as pictures."
+            )
         shown = self.pictures[: len(self.pictures) - self.conversation.waiting]
         images = [path if "://" in path else str(Path(path).resolve()) for path in shown]
         return {"images": images, "messages": self.conversation.messages}
 
 
 def _image(talk: Talk, rest: str) -> None:
+    talk.show(_paths(rest, "/image", "/image cat.jpg 'my dog.png'"))
+
+
+def _video(talk: Talk, rest: str) -> None:
+    if talk.drawing:
+        raise UsageError("--draw draws on pictures, and not on a video.")
+    talk.show_videos(_paths(rest, "/video", "/video clip.gif"))
+    note(f"({talk.conversation.waiting} pictures for the next question)")
+
+
+def _paths(rest: str, command: str, example: str) -> list[str]:
     if not rest:
-        raise PictureError("/image wants at least one path: /image cat.jpg 'my dog.png'")
+        raise PictureError(f"{command} wants at least one path: {example}")
     try:
         # Typed by hand, a path may hold a bare space or apostrophe: it is one if the file exists.
         paths = [rest] if Path(rest).expanduser().is_file() else shlex.split(rest)
     except ValueError:
         raise PictureError(f"the quotes in {rest!r} do not match.") from None
-    talk.show([checked(path) for path in paths])
+    return [checked(path) for path in paths]
 
 
 def _images(talk: Talk, rest: str) -> None:
@@ -166,6 +193,7 @@ def _help(talk: Talk, rest: str) -> None:
 
 COMMANDS: dict[str, Callable[[Talk, str], None]] = {
     "/image": _image,
+    "/video": _video,
     "/images": _images,
     "/retry": _retry,
     "/system": _system,

@@ -16,8 +16,10 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from .errors import PromptError
+from .frames import frame_parts, frames_of
 from .images.picture import Features, Picture
 from .images.tiling import tiles_each
+from .images.video import FRAMES
 from .reply import Chunk, answer
 from .reuse import Reuse
 
@@ -62,7 +64,7 @@ class Conversation:
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
         self.pictures: list[Picture | Features] = []
-        self._waiting = 0
+        self._places: list[dict[str, Any]] = []  # of the pictures that wait for a question
         self._tries = 0  # of the last question, beyond the first
         if self._own:
             self.reuse.clear()
@@ -89,13 +91,22 @@ class Conversation:
             for image in images
         ]
         self.pictures += added
-        self._waiting += len(added)
+        self._places += [{"type": "image"} for _ in added]
+        return added
+
+    def add_video(self, source: Any, frames: int = FRAMES) -> list[Picture | Features]:
+        """Shows a video with the next question: a path or bytes of an animation, or of a video file
+        (which takes PyAV), as at most so many frames of one view each."""
+        added: list[Any] = frames_of(source, frames, self.reuse.look)
+        self.pictures += added
+        for part in frame_parts(self.vlm.config.prompt, added):
+            self._places.append(part if part["type"] == "text" else {"type": "image"})
         return added
 
     @property
     def waiting(self) -> int:
         """How many of the last pictures no question has been asked about yet."""
-        return self._waiting
+        return sum(place["type"] == "image" for place in self._places)
 
     def ask(self, text: str, **options: Any) -> Generator[Chunk, None, None]:
         """Asks, and yields the answer as `vlm.stream` does.
@@ -104,9 +115,9 @@ class Conversation:
         answer, and a question that got none is forgotten while its pictures go on waiting.
         """
         started = time.perf_counter()
-        if not text.strip() and not self._waiting:
+        if not text.strip() and not self._places:
             raise PromptError("there is no question: give a text, a picture, or both.")
-        parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(self._waiting)]
+        parts = list(self._places)
         if text:
             parts.append({"type": "text", "text": text})
         question = {"role": "user", "content": parts}
@@ -129,7 +140,7 @@ class Conversation:
         if len(self.messages) < 2:
             raise PromptError("there is no answer yet to try again: ask a question first.")
         messages, question = self.messages[:-2], self.messages[-2]
-        waiting = self._waiting
+        waiting = self.waiting
         pictures = self.pictures[: len(self.pictures) - waiting]
         prompt = self.vlm.tokenize([*messages, question], pictures, add_generation_prompt=True)
         options = {**self.options, **options}
@@ -159,4 +170,4 @@ class Conversation:
                     messages[-2:] = turn
                 else:
                     messages += turn
-                    self._waiting = 0
+                    self._places = []

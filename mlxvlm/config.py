@@ -21,14 +21,16 @@ MODEL_TYPE = "mlxvlm"
 FORMAT_VERSION = 1
 # Poolings of a view's square of tokens, and the side of the cells that they work on.
 POOLS = {"none": 1, "mean2": 2, "concat2": 2, "concat2_columns": 2, "concat3": 3}
+# A patch embedding layer in the stead of a vision encoder.
+EVE = "eve_patch_embedding"
 # Vision towers whose first token stands for the whole view.
 CLASS_TOKENS = ("clip_vision_model", "internvl_vision")
 # Projectors that take views of any grid, and give the same number of tokens for each.
 TAKE_GRIDS = ("resampler", "spatial_resampler")
 # Vision towers that may take views of any height and width.
-TAKE_ANY_GRID = ("siglip_vision_model", "clip_vision_model")
-# What a tower does with its table of learned positions; views of any grid go with the last two.
-POSITIONS = ("fixed", "buckets", "bicubic")
+TAKE_ANY_GRID = ("siglip_vision_model", "clip_vision_model", EVE)
+# What a tower does with its table of learned positions; views of any grid go with all but "fixed".
+POSITIONS = ("fixed", "buckets", "bicubic", "none")
 # Projectors that give so many tokens a view, whatever the encoder gives them.
 NUM_QUERY_TOKENS = {"c_abstractor": 144, "resampler": 96, "spatial_resampler": 144}
 # Of these, those whose tokens are a square of them.
@@ -42,6 +44,7 @@ LAYS_OUT: dict[str, tuple[str, ...]] = {
     "uhd": ("slices",),
     "separators": ("dynamic", "cover"),
     "index": ("dynamic", "cover"),
+    "rows": ("whole",),
 }
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -56,10 +59,15 @@ class TilingConfig:
     type: "single" (the whole picture is one view), "dynamic" (a grid of tiles close to the
         picture's aspect ratio, as InternVL), "anyres" (the whole, and a canvas of tiles with the
         picture in its middle, as LLaVA-NeXT), "slices" (an overview and a grid of slices, in the
-        shapes that they have, as MiniCPM-V and LLaVA-UHD) or "cover" (a canvas that covers the
-        picture, and the whole behind it, of rows with fewer than three pictures, as MM1.5).
-    image_size: side of a view in pixels; of slices, the square root of about their pixels.
+        shapes that they have, as MiniCPM-V and LLaVA-UHD), "cover" (a canvas that covers the
+        picture, and the whole behind it, of rows with fewer than three pictures, as MM1.5), "whole"
+        (one view in the picture's own shape, as EVE) or "centred" (the same on a square canvas, for
+        EVE's teacher).
+    image_size: side of a view in pixels; of slices, the square root of about their pixels; of the
+        whole, its long side.
     patch_size: what the sides of slices are multiples of, in pixels.
+    cells: of "whole" and "centred", what the long side is divided into; the short one has a whole
+        number of them.
     rounding: how slices come to such sides: "nearest" (MiniCPM-V) or "down" (LLaVA-UHD).
     resize: "squash" (both sides to image_size, as SigLIP), "crop" (shortest side to image_size,
         then the centre square, as CLIP), "pad" (a square canvas of `background`, as LLaVA-1.5).
@@ -85,10 +93,12 @@ class TilingConfig:
     grids: tuple[tuple[int, int], ...] = ()
     patch_size: int = 14
     rounding: str = "nearest"
+    cells: int = 24
 
     def __post_init__(self) -> None:
         self.background = tuple(self.background)  # type: ignore[assignment]
-        _one_of("tiling.type", self.type, ("single", "dynamic", "anyres", "slices", "cover"))
+        kinds = ("single", "dynamic", "anyres", "slices", "cover", "whole", "centred")
+        _one_of("tiling.type", self.type, kinds)
         _one_of("tiling.resize", self.resize, ("squash", "crop", "pad"))
         _one_of("tiling.resample", self.resample, ("bicubic", "bilinear"))
         _one_of("tiling.rounding", self.rounding, ("nearest", "down"))
@@ -97,12 +107,26 @@ class TilingConfig:
                 f"tiling.min_tiles (={self.min_tiles}) and tiling.max_tiles (={self.max_tiles}) "
                 "must be at least 1, the first at most the second."
             )
+        if self.varied and not 1 <= self.patch_size <= self.image_size:
+            raise ConfigError(
+                f"tiling.patch_size (={self.patch_size}) must lie between 1 and tiling.image_size "
+                f"(={self.image_size})."
+            )
         way = "pad" if self.type == "cover" else "squash"
         if self.type != "single" and self.resize != way:
             raise ConfigError(
                 f"tiling.resize (={self.resize!r}) must be {way!r} for {self.type} tiles."
             )
         self._set_grids()
+        # A cell is one token of 2 x 2 patches, or several.
+        unit = 2 * self.patch_size if self.type == "whole" else 1
+        if self.type in ("whole", "centred") and (
+            self.cells < 1 or self.image_size % (self.cells * unit)
+        ):
+            raise ConfigError(
+                f"tiling.image_size (={self.image_size}) must be a multiple of tiling.cells "
+                f"(={self.cells}){f' x {unit} pixels' if unit > 1 else ''} for {self.type!r}."
+            )
 
     def _set_grids(self) -> None:
         try:
@@ -126,7 +150,7 @@ class TilingConfig:
     @property
     def varied(self) -> bool:
         """Whether views differ in height and width."""
-        return self.type == "slices"
+        return self.type in ("slices", "whole")
 
     def resized(self, resize: str, image_mean: tuple[float, ...]) -> TilingConfig:
         """The same with another `resize`; a padded canvas has the encoder's mean colour."""
@@ -136,13 +160,16 @@ class TilingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that views depend on, as plain JSON values."""
-        of_slices = ("patch_size", "rounding")
+        of_tiles = ("min_tiles", "max_tiles", "use_thumbnail", "grids")
+        of_shapes = ("patch_size", "rounding", "cells")
         unused = {
-            "single": ("min_tiles", "max_tiles", "use_thumbnail", "grids", *of_slices),
-            "dynamic": ("resize", "background", "grids", *of_slices),
-            "anyres": ("resize", "use_thumbnail", *of_slices),
-            "slices": ("resize", "background", "min_tiles", "use_thumbnail", "grids"),
-            "cover": ("resize", *of_slices),
+            "single": (*of_tiles, *of_shapes),
+            "dynamic": ("resize", "background", "grids", *of_shapes),
+            "anyres": ("resize", "use_thumbnail", *of_shapes),
+            "slices": ("resize", "background", "min_tiles", "use_thumbnail", "grids", "cells"),
+            "cover": ("resize", *of_shapes),
+            "whole": ("resize", "background", "rounding", *of_tiles),
+            "centred": ("resize", "patch_size", "rounding", *of_tiles),
         }[self.type]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         return json.loads(json.dumps(fields))
@@ -186,11 +213,12 @@ class VisionConfig:
     positions: how views get learned positions: "fixed" (all are image_size squares, a position for
         each patch), or views of any grid, from a square table: "buckets" (a patch has the entry at
         its share of the height and width, as NaViT and Idefics2) or "bicubic" (the table is resized
-        to the view's grid, as LLaVA-UHD).
+        to the view's grid, as LLaVA-UHD) or "none", which is EVE's.
     position_grid: side of that table, in patches; 0 means that of image_size.
     norm_type, attention_bias, use_qk_norm: InternViT's "layer_norm" or "rms_norm", biases of
         queries, keys and values, and whether queries and keys are normed over their full width.
     image_mean, image_std: the encoder normalises uint8 views as (x / 255 - mean) / std.
+    teacher: of EVE, whose features its tokens come close to while it trains; a hub id or a folder.
     """
 
     model_type: str = "siglip_vision_model"
@@ -214,6 +242,7 @@ class VisionConfig:
     use_qk_norm: bool = False
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]
@@ -221,11 +250,16 @@ class VisionConfig:
         _one_of(
             "vision.model_type",
             self.model_type,
-            ("siglip_vision_model", "clip_vision_model", "internvl_vision"),
+            ("siglip_vision_model", "clip_vision_model", "internvl_vision", EVE),
         )
+        if self.model_type == EVE:
+            self.positions, self.vision_feature_norm = "none", False
+        elif self.positions == "none":
+            raise ConfigError(f"vision.positions 'none' is {EVE}'s, not {self.model_type}'s.")
         _one_of("vision.norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         _one_of("vision.positions", self.positions, POSITIONS)
-        if self.position_grid not in (0, self.grid) and not self.takes_any_grid:
+        grids = (0, self.grid)
+        if self.position_grid < 0 or (self.position_grid not in grids and not self.takes_any_grid):
             raise ConfigError(
                 f"vision.position_grid (={self.position_grid}) must be {self.grid}, the grid of a "
                 "view, or vision.positions must be 'buckets' or 'bicubic'."
@@ -280,6 +314,8 @@ class VisionConfig:
     @property
     def num_tokens(self) -> int:
         """Tokens that one view gives the projector."""
+        if self.model_type == EVE:  # of a square view, the most
+            return 1 + (self.grid // 2) * (self.grid // 2 + 1)
         # "default" drops the first token, whatever it is: transformers does so for SigLIP too.
         dropped = self.vision_feature_select_strategy == "default"
         return self.grid**2 + int(self.has_class_token) - int(dropped)
@@ -373,12 +409,13 @@ class PromptConfig:
         pictures stand before the first token of text, as the Llama3-V blog has it).
     merge: "flat" (a picture's views one after the other), "spatial_unpad" (the whole, then its
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
-        LLaVA-NeXT, for "anyres" tiles), or for "slices" "minicpm" (the overview, then the slices
-        in rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the
-        slices with commas between and newlines behind rows, then the overview: LLaVA-UHD), or for
-        "dynamic" and "cover" tiles as "flat" with MM1.5's position indicators: "separators" (","
-        between columns, a newline between rows, ":" before the whole) or "index" ("(k,i,j)" before
-        each view: the picture's number from 0, row and column from 1, both 0 of the whole).
+        LLaVA-NeXT, for "anyres" tiles), for "slices" "minicpm" (the overview, then the slices in
+        rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the slices
+        with commas between and newlines behind rows, then the overview: LLaVA-UHD), "rows" (a class
+        token, and rows of any number, each closed: EVE's, for "whole" pictures), or for "dynamic"
+        and "cover" tiles as "flat" with MM1.5's position indicators: "separators" ("," between
+        columns, a newline between rows, ":" before the whole) or "index" ("(k,i,j)" before each
+        view: the picture's number from 0, row and column from 1, both 0 of the whole).
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -429,7 +466,13 @@ class ModelConfig:
             )
 
         check_slices(self.tiling, self.vision, self.projector.pool)
-        if self.varied and self.projector.type not in TAKE_GRIDS:
+        whole = self.tiling.type == "whole"
+        if whole != (self.prompt.merge == "rows") or (whole and self.projector.type != "mlp"):
+            raise ConfigError(
+                "tiling.type 'whole', prompt.merge 'rows' and projector.type 'mlp' go together, "
+                f"not {self.tiling.type!r}, {self.prompt.merge!r} and {self.projector.type!r}."
+            )
+        if self.varied and not whole and self.projector.type not in TAKE_GRIDS:
             raise ConfigError(
                 "tiling.type 'slices' gives views of many shapes, which projector.type "
                 f"{self.projector.type!r} cannot take: choose {' or '.join(TAKE_GRIDS)}, whose "
@@ -473,6 +516,10 @@ class ModelConfig:
 
     def with_image_size(self, image_size: int) -> ModelConfig:
         """The same with views of another size; a projector with positions has one a token."""
+        if self.varied:
+            raise ConfigError(
+                f"{self.tiling.type!r} views have shapes of their own, and no one size to change."
+            )
         if image_size < self.vision.patch_size:
             raise ConfigError(
                 f"vision.image_size (={image_size}) must be at least vision.patch_size "
@@ -571,6 +618,11 @@ def is_adapter(name: str) -> bool:
 
 def check_slices(tiling: TilingConfig, vision: VisionConfig, pool: str) -> None:
     """ConfigError where views of many shapes meet what takes one shape only."""
+    if (tiling.type == "whole") != (vision.model_type == EVE):
+        raise ConfigError(
+            f"vision.model_type {EVE!r} and tiling.type 'whole' go together, not "
+            f"{vision.model_type!r} and {tiling.type!r}."
+        )
     if not tiling.varied:
         return
     if not vision.takes_any_grid:
@@ -588,7 +640,7 @@ def check_slices(tiling: TilingConfig, vision: VisionConfig, pool: str) -> None:
             f"pool (={pool!r}) needs views with one square grid of tokens, and tiling.type "
             "'slices' gives many grids: choose 'none'."
         )
-    if vision.num_tokens != vision.grid**2:
+    if tiling.type == "slices" and vision.num_tokens != vision.grid**2:
         raise ConfigError(
             "tiling.type 'slices' needs every patch of a view and nothing else: set "
             "vision.vision_feature_select_strategy to 'default' for CLIP, 'full' for SigLIP."

@@ -16,11 +16,11 @@ from collections.abc import Callable, Hashable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import ModelConfig, TilingConfig
+from .config import TilingConfig
 from .dtypes import dtype_of
 from .errors import PromptError
-from .images.picture import Cut
-from .images.slices import view_sizes
+from .images.picture import Cut, Features
+from .images.tiling import view_sizes
 
 Grid = tuple[int, int]
 Views = mx.array | list[mx.array]
@@ -46,6 +46,13 @@ def is_pixels(views: Views) -> bool:
     return views[0].ndim == 3
 
 
+def cut_grids(tiling: TilingConfig, cuts: Sequence[Cut]) -> list[Grid] | None:
+    """(rows, columns) of patches of each view of pictures cut so, as `project` takes them."""
+    if not tiling.varied or tiling.type == "whole":
+        return [] if tiling.varied else None
+    return view_grids(tiling, cuts)
+
+
 def view_grids(tiling: TilingConfig, cuts: Sequence[Cut]) -> list[Grid]:
     """(rows, columns) of patches of each view of pictures cut so, in order."""
     P = tiling.patch_size
@@ -69,15 +76,25 @@ def by_key(
     return [found[place] for place in range(len(views))]
 
 
-def project(
-    projector: nn.Module, config: ModelConfig, views: Views, cuts: Sequence[Cut] = ()
-) -> mx.array:
-    """[views, tokens, D] embeddings of the views of pictures cut so.
+def feature_grids(tiling: TilingConfig, found: Sequence[Features]) -> list[Grid] | None:
+    """(rows, columns) of patches of each view of features, as `project` takes them."""
+    if not tiling.varied or tiling.type == "whole":
+        return cut_grids(tiling, ())
+    return [
+        grid
+        for one in found
+        for grid in (view_grids(tiling, [one.cut]) if one.grids is None else one.grids)
+    ]
 
-    cuts: may be left out where all views are of one size.
+
+def project(projector: nn.Module, views: Views, grids: Sequence[Grid] | None) -> mx.array:
+    """[views, tokens, D] embeddings of views of (rows, columns) patches.
+
+    grids: None where all views are of one size; empty where they differ and the projector takes
+    each token by itself, which gives [1, tokens of all views, D].
     """
     dtype = dtype_of(projector)
-    if not config.varied:
+    if grids is None:
         if not isinstance(views, mx.array):
             shapes = sorted({tuple(view.shape) for view in views})
             raise PromptError(
@@ -85,7 +102,13 @@ def project(
                 "views are all of one size: they are another encoder's."
             )
         return projector(views.astype(dtype))
-    grids = view_grids(config.tiling, cuts)
+    if not grids:
+        flat = list(views)
+
+        def alone(same: mx.array, places: list[int]) -> mx.array:
+            return projector(same.astype(dtype))
+
+        return mx.concatenate(by_key(flat, [len(view) for view in flat], alone))[None]
     found = [len(view) for view in views]
     if found != [h * w for h, w in grids]:
         raise PromptError(

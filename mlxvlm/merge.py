@@ -7,6 +7,8 @@
     uhd             the slices, with words of the vocabulary between them, then the overview
     separators      every view's tokens, tiles and then the whole, and words between them (MM1.5)
     index           the same, each view behind its place in words
+    rows            a class token, then rows of tokens, each with its end: a view's tokens as they
+                    come, whose number hangs on the picture's shape (EVE)
 
     whole  tile 1  tile 2        a b   A B | E F          a b c d  A B E F \\n  C D G H \\n
                                  c d   C D | G H    ->
@@ -68,7 +70,7 @@ def spelling(config: ModelConfig, cut: Cut, number: int = 0) -> Spelling:
 
 def unbroken(config: ModelConfig, cut: Cut) -> list[int]:
     """Lengths of the runs of a picture's visual tokens that no other token may part."""
-    if config.prompt.merge != "spatial_unpad":
+    if config.prompt.merge not in ("spatial_unpad", "rows"):
         return [config.tokens_per_view] * cut.views
     return [visual_tokens(config, cut)]
 
@@ -162,6 +164,15 @@ def _count_flat(cut: Cut, tokens: int) -> int:
     return cut.views * tokens
 
 
+def _rows(cut: Cut, tokens: int) -> np.ndarray:
+    return np.arange(_count_rows(cut, tokens), dtype=np.int32)
+
+
+def _count_rows(cut: Cut, tokens: int) -> int:
+    rows, columns = cut.grid
+    return 1 + rows * (columns + 1)
+
+
 @lru_cache(1024)
 def _spatial_unpad(cut: Cut, tokens: int) -> np.ndarray:
     whole = np.arange(tokens, dtype=np.int32)
@@ -209,6 +220,7 @@ MERGES: dict[str, Merge] = {
     "uhd": Merge(_uhd, _count_flat, _spell_uhd),
     "separators": Merge(_flat, _count_flat, _spell_separators),
     "index": Merge(_flat, _count_flat, _spell_index),
+    "rows": Merge(_rows, _count_rows),
 }
 # Merges whose visual tokens stand as the views do.
-IN_ORDER = ("flat", "minicpm", "separators", "index")
+IN_ORDER = ("flat", "minicpm", "separators", "index", "rows")

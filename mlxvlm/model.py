@@ -20,7 +20,8 @@ import numpy as np
 from .config import ModelConfig, pooled_side
 from .dtypes import dtype_of
 from .errors import PromptError, VLMError
-from .grids import Views, batched, project
+from .frames import with_frames
+from .grids import Views, batched, cut_grids, feature_grids, project
 from .images.picture import Cut, Features, Picture
 from .images.tiling import tiles_each
 from .language.forward import embedding
@@ -36,6 +37,7 @@ from .vision.encoder import Encoder
 if TYPE_CHECKING:
     from .language.tokenizer import Tokenizer
     from .reply import Chunk, Reply
+    from .vote import Vote
 
 
 class VLM(nn.Module):
@@ -111,17 +113,19 @@ class VLM(nn.Module):
         """Lays out messages and pictures as tokens.
 
         images: what `look` takes, or Picture or Features; those that are opened here share the
-        tiling's budget as in a row of data. `add_generation_prompt` opens the assistant's turn; by
-        default, where the last message is not the assistant's. look: what opens pictures in the
-        stead of `self.look`.
+        tiling's budget as in a row of data. A part {"type": "video", "video": "clip.gif", "frames":
+        8} of a user's message shows a video, a view a frame. `add_generation_prompt` opens the
+        assistant's turn; by default, where the last message is not the assistant's. look: what
+        opens pictures in the stead of `self.look`.
         """
         if self.tokenizer is None:
             raise PromptError("this model has no tokenizer; load it from a folder that has one.")
+        look = look or self.look
+        messages = with_frames(messages, self.config.prompt, look)
         parts, images = normalize_messages(messages, images)
         if add_generation_prompt is None:
             add_generation_prompt = bool(parts[-1]["role"] != "assistant")
         limit = tiles_each(self.config.tiling, len(images))
-        look = look or self.look
         pictures = [
             i if isinstance(i, (Picture, Features)) else look([i], limit, allow_urls)[0]
             for i in images
@@ -143,7 +147,8 @@ class VLM(nn.Module):
             if done and isinstance(views, mx.array):
                 parts.append(self.merge(views.astype(dtype_of(self.projector)), cuts))
             else:
-                parts.append(self.project_views(views, cuts))
+                grids = feature_grids(self.config.tiling, group)
+                parts.append(self.merge(project(self.projector, views, grids), cuts))
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def project_views(self, views: Views, cuts: Sequence[Cut] = ()) -> mx.array:
@@ -153,7 +158,8 @@ class VLM(nn.Module):
         cuts: how the pictures are cut, which `prompt.merge` "flat" of views of one size need not
         know.
         """
-        return self.merge(project(self.projector, self.config, views, cuts), cuts)
+        grids = cut_grids(self.config.tiling, cuts)
+        return self.merge(project(self.projector, views, grids), cuts)
 
     def merge(self, projected: mx.array, cuts: Sequence[Cut] = ()) -> mx.array:
         """[views, tokens_per_view, D] of pictures to [visual tokens, D]; cuts: as above."""
@@ -271,3 +277,11 @@ class VLM(nn.Module):
         from .batch import batch
 
         return batch(self, asks, **options)
+
+    def vote(
+        self, messages: Sequence[dict[str, Any]], images: Sequence[Any] = (), **options: Any
+    ) -> Vote:
+        """What most of several sampled answers come to; as `vote.vote`, with its options."""
+        from .vote import vote
+
+        return vote(self, messages, images, **options)

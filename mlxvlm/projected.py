@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 
 from .config import ModelConfig
-from .grids import batched, project
+from .grids import batched, feature_grids, project
 from .images.picture import Features, Picture
 from .vision.encoder import Encoder, digest_of, tensors_of
 
@@ -40,7 +40,8 @@ class ProjectedEncoder:
         """Features of pictures, lazy: [tokens, width] a view, in the projector's dtype."""
         found = self.encoder.encode(pictures)
         for features in found:
-            views = project(self.projector, self.config, batched(features.views), [features.cut])
+            grids = feature_grids(self.tiling, [features])
+            views = project(self.projector, batched(features.views), grids)
             features.views, features.projected = list(views), True
         return found
 

@@ -4,12 +4,14 @@ import errno
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from tiny_vlm import tiny_vlm
 from typer.testing import CliRunner
 
 from mlxvlm.config import LoRAConfig
 from mlxvlm.errors import ConfigError, WeightsError
+from mlxvlm.language.forward import blocks_of
 from mlxvlm.language.lora import add_lora
 from mlxvlm.weights import adapter as module
 from mlxvlm.weights.adapter import load_adapter, save_adapter
@@ -96,3 +98,45 @@ def test_adapters_of_a_release_with_fewer_fields_still_fit(tmp_path):
     path.write_text(json.dumps(raw))
     with pytest.raises(WeightsError, match="its tiling differ"):
         load_adapter(tiny_vlm(), tmp_path)
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (4, "mxfp4")])
+def test_fuse_quantises_again_only_when_told(tmp_path, bits, mode):
+    from mlxvlm.cli.main import app
+
+    base = tiny_vlm()
+    nn.quantize(base.language, 32, bits, mode=mode)
+    save(base, tmp_path / "model")
+    vlm, config = adapted()
+    layer = blocks_of(vlm.language)[0].self_attn.q_proj
+    layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(0))
+    save_adapter(vlm, config, tmp_path / "adapter")
+    old = blocks_of(base.language)[0].self_attn.q_proj
+    exact = whole(old) + layer.scale * (layer.lora_a @ layer.lora_b).T
+    off, sizes = {}, {}
+    for name, flags in (("whole", []), ("small", ["--requantize"])):
+        out = tmp_path / name
+        given = ["--adapter-path", str(tmp_path / "adapter"), "--out", str(out), *flags]
+        done = CliRunner().invoke(app, ["fuse", "-m", str(tmp_path / "model"), *given])
+        assert done.exit_code == 0, done.output
+        said = " ".join(done.output.split())
+        assert ("GB instead of" in said) == (name == "whole")
+        assert ("quantised again" in said) == (name == "small")
+        fused = blocks_of(load(out).language)[0].self_attn.q_proj
+        assert isinstance(fused, nn.QuantizedLinear) == (name == "small")
+        if name == "small":
+            assert (fused.bits, fused.group_size, fused.mode) == (bits, 32, mode)
+        off[name] = mx.abs(whole(fused) - exact).max().item()
+        sizes[name] = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert off["whole"] < 1e-5 and 1e-3 < off["small"] < 0.5
+    assert sizes["small"] < sizes["whole"]
+
+
+def whole(layer) -> mx.array:
+    """A layer's weight in float32, quantised or not."""
+    if not isinstance(layer, nn.QuantizedLinear):
+        return layer.weight.astype(mx.float32)
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **settings).astype(
+        mx.float32
+    )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from minicpm_folders import write_minicpm
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import mlxvlm
 from mlxvlm.cache import EmbeddingCache
+from mlxvlm.cache.packed import unpack
 from mlxvlm.cli.main import app
 from mlxvlm.weights.save import save
 
@@ -76,6 +78,22 @@ def test_the_cache_holds_each_view_with_its_own_number_of_tokens(place: Path) ->
         assert cache.verify() == []
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_a_device_decodes_what_the_host_does(place: Path, tmp_path: Path, codec: str) -> None:
+    cache_words = [*cached(place)[:-1], tmp_path / "cache", "--codec", codec]
+    command(*cache_words)
+    with EmbeddingCache.open(tmp_path / "cache") as cache:
+        names = [f"{i}.png" for i in range(len(SIZES))]
+        wanted = [view for name in names for view in cache.get(name).views]
+        found = unpack([cache.packed(name) for name in names])
+        assert isinstance(found, list) and len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.shape == other.shape
+            np.testing.assert_allclose(np.array(one.astype(mx.float32)), other, atol=1e-5)
+        alone = unpack([cache.packed("1.png")])
+        assert not isinstance(alone, list) and alone.shape == (1, 16, 32)
+
+
 def test_a_plan_counts_the_tokens_of_each_view(place: Path, tmp_path: Path) -> None:
     words = cached(place)[:-1]
     plan = json.loads(command(*words, tmp_path / "cache", "--codec", "float32", "--plan", "--json"))
@@ -88,8 +106,7 @@ def test_a_plan_counts_the_tokens_of_each_view(place: Path, tmp_path: Path) -> N
     assert "one square grid" in told
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "lora"])
-@pytest.mark.parametrize("packing", ["padded", "pack"])
+@pytest.mark.parametrize(("stage", "packing"), [("pretrain", "pack"), ("lora", "padded")])
 def test_training_with_the_cache_equals_training_without(
     place: Path, tmp_path: Path, stage: str, packing: str
 ) -> None:
@@ -116,10 +133,16 @@ def test_the_tower_trains_too(place: Path, tmp_path: Path) -> None:
     table = "position_embedding"
     old, new = (np.array(m.vision.embeddings[table].weight) for m in (before, after))
     assert np.abs(new - old).max() > 0
-    for more in (["--train", "projector"], ["--images", place / "images"]):
-        where = ["--cache", place / "cache"] if "projector" in more else more
-        told = command("plan", *words[:5], *where, *more, "--max-seq-length", 1024, "--json")
-        assert json.loads(told)["rows"] == 4
+
+
+@pytest.mark.parametrize("way", ["--images", "--cache"])
+def test_a_plan_is_of_the_views_as_they_are(place: Path, way: str) -> None:
+    words = ["plan", "pretrain", "-m", place / "model", "--data", place / "rows.jsonl"]
+    words += ["--max-seq-length", 1024, "--batch-size", 4, "--steps", 0, "--json"]
+    plan = json.loads(command(*words, way, place / way[2:]))
+    assert plan["rows"] == 4 and ("features" in plan["parts"]) == (way == "--cache")
+    encoding = plan["parts"].get("encoding", 0) + plan["parts"].get("encoder", 0)
+    assert (encoding > 0) == (way == "--images")
 
 
 def test_chat(place: Path) -> None:

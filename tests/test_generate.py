@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxvlm.errors import ConfigError
-from mlxvlm.language.forward import embedding
+from mlxvlm.language.forward import embedding, last_logits, trunk
 from mlxvlm.language.generate import generate_tokens
 from mlxvlm.language.load import build_language
 
@@ -195,3 +197,59 @@ def test_a_given_cache_continues_a_prefix(lm):
 def test_impossible_settings_are_refused_before_any_work(lm, setting, value):
     with pytest.raises(ConfigError, match=setting):
         generate_tokens(lm, PROMPT, embed(lm, PROMPT), **{setting: value})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_the_head_runs_at_the_last_position_alone(model_type, monkeypatch):
+    """Also where logits are capped after the head, which the head by itself would miss."""
+    mx.random.seed(3)
+    model = build_language(
+        {
+            "model_type": model_type,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        }
+    )
+    embeddings = embed(model, PROMPT)
+    whole = model(mx.array(PROMPT)[None], input_embeddings=embeddings[None])[:, -1]
+    rows = []
+    as_linear = nn.Embedding.as_linear
+
+    def counted(self, x):
+        rows.append(x.shape[1])
+        return as_linear(self, x)
+
+    monkeypatch.setattr(nn.Embedding, "as_linear", counted)
+    found = last_logits(model, mx.array(PROMPT), embeddings, make_prompt_cache(model))
+    assert rows == [1]
+    np.testing.assert_allclose(np.array(found), np.array(whole), atol=1e-5)
+    assert trunk(model) is model["model"] and not hasattr(model["model"], "_call")
+
+
+@pytest.mark.parametrize(
+    ("step", "at_once", "wanted"),
+    [(1, 256, [1] * 11), (4, 256, [4, 4, 2, 1]), (11, 256, [11]), (64, 256, [11])]
+    + [(64, 10, [10, 1]), (4, 10, [4, 4, 2, 1])],
+)
+def test_what_is_short_is_read_at_once(lm, step, at_once, wanted, monkeypatch):
+    plain = run(lm, max_tokens=2)
+    monkeypatch.setattr("mlxvlm.language.generate.AT_ONCE", at_once)
+    calls = []
+    inner = type(lm).__call__
+
+    def counted(self, ids, *args, **options):
+        calls.append(ids.shape[1])
+        return inner(self, ids, *args, **options)
+
+    monkeypatch.setattr(type(lm), "__call__", counted)
+    assert run(lm, max_tokens=2, prefill_step_size=step) == plain
+    # Then a call a token: the second's keys too, for whoever keeps the state.
+    assert calls == [*wanted, 1, 1]

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import struct
+import subprocess
 import sys
 import threading
 import types
@@ -27,8 +28,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from mlxvlm.config import TilingConfig
 from mlxvlm.errors import ConfigError, PictureError
+from mlxvlm.images import colour, preprocess
 from mlxvlm.images import open as opening
-from mlxvlm.images import preprocess
 from mlxvlm.images.colour import to_rgb, to_uint8
 from mlxvlm.images.fetch import fetch
 from mlxvlm.images.open import MAX_PIXELS, open_picture, sha256_file
@@ -432,8 +433,9 @@ def test_too_large_is_known_from_the_header(monkeypatch: pytest.MonkeyPatch) -> 
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert "too large" in refused(header(20000, 20000))
+        assert "400.0 million pixels, and the limit is 120.0" in refused(header(20000, 20000))
         assert "too large" in refused(header(13400, 13400))
+        assert "limit is 120.0 million" in refused(header(12000, 12000))
         assert "cut short" in refused(header(9500, 9500))  # of which Pillow would warn
         message = refused(header(400, 300), max_pixels=100_000)
         assert "400 x 300" in message and "0.1 million" in message
@@ -444,7 +446,97 @@ def test_too_large_is_known_from_the_header(monkeypatch: pytest.MonkeyPatch) -> 
         assert "too large" in refused(header(30, 30))
         assert pixels_of(png(Image.new("L", (4, 4)))).shape == (4, 4, 3)
     assert [str(w.message) for w in caught] == []
-    assert MAX_PIXELS == 2 * (1024**3 // 4 // 3)
+    assert MAX_PIXELS < 2 * (1024**3 // 4 // 3)  # where Pillow itself would refuse
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "I", "F", "RGB", "L"])
+def test_bands_are_as_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        image = Image.fromarray((rng.normal(0, 1, (9, 7)) * 9000 + 30000).astype(kind))
+        image.info["transparency"] = int(np.asarray(image)[0, 0])
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (9, 7, 4), np.uint8)).convert(mode)
+        if mode == "P":
+            image.info["transparency"] = image.getpixel((3, 3))
+    numbers = np.asarray(image)
+    whole, bytes_ = np.asarray(to_rgb(image)), to_uint8(numbers)
+    for band in (1, 20):
+        monkeypatch.setattr(colour, "BAND", band)
+        assert (np.asarray(to_rgb(image)) == whole).all()
+        assert (to_uint8(numbers) == bytes_).all()
+    assert len(np.unique(whole)) > 20
+
+
+# One picture's peak, above what Python and the libraries take.
+PEAK = """
+import resource, sys
+from mlxvlm.config import TilingConfig
+from mlxvlm.images.tiling import look
+look(sys.argv[1], TilingConfig(image_size=32))
+unit = 1 if sys.platform == "darwin" else 1024
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+look(sys.argv[2], TilingConfig(image_size=384))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    "rgb.png rgba.png palette.png 16-bit.png plain.jpg progressive.jpg turned.jpg rgb.tif "
+    "float.tif picture.webp".split(),
+)
+def test_the_largest_pictures_stay_under_a_gigabyte_and_a_half(name: str, tmp_path: Path) -> None:
+    """Measured on 16 million pixels, at so much a pixel as the limit allows."""
+    side = 4000
+    ramp = Image.linear_gradient("L").resize((side, side))
+    whole = Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_90), ramp))
+    exif = Image.Exif()
+    exif[opening.ORIENTATION] = 6
+    if name.startswith("rgba"):
+        whole.putalpha(ramp)
+    options = {"turned.jpg": {"exif": exif}, "progressive.jpg": {"progressive": True}}
+    wide = {"16-bit.png": np.uint16, "float.tif": np.float32, "palette.png": np.uint8}
+    if name in wide:
+        whole = Image.fromarray(np.asarray(ramp).astype(wide[name]))
+        whole = whole.convert("P") if name == "palette.png" else whole
+    if name == "progressive.jpg":
+        options[name]["subsampling"] = 0
+    if name.endswith(".png"):
+        options[name] = {"compress_level": 1}
+    whole.save(tmp_path / name, **options.get(name, {}))
+    Image.new("RGB", (64, 64)).save(tmp_path / f"small{Path(name).suffix}")
+    files = [str(tmp_path / f"small{Path(name).suffix}"), str(tmp_path / name)]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *files], capture_output=True, text=True, check=True
+    )
+    most = MAX_PIXELS // (2 if name.endswith(".webp") else 1)
+    # A band's own copies do not grow with the picture.
+    beside = 150e6
+    assert int(done.stdout) - beside < side**2 * (1.2e9 / most)
+
+
+@pytest.mark.slow
+def test_a_picture_of_400_million_pixels_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    ihdr = b"IHDR" + struct.pack(">2I5B", 20000, 20000, 1, 0, 0, 0, 0)
+    idat = b"IDAT" + zlib.compress(bytes(20000 * 2501), 1)
+    parts = [ihdr, idat, b"IEND"]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts
+        )
+    )
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "small.png"), str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert "PictureError" in done.stderr and "huge.png is too large" in done.stderr
 
 
 def test_files_are_closed(tmp_path: Path) -> None:
@@ -526,6 +618,16 @@ def test_heic_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(data)
     assert calls == [1]
     opening._register_heif.cache_clear()
+
+
+def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    ramp = Image.linear_gradient("L").resize((64, 48))
+    ramp.convert("RGB").save(tmp_path / "a.heic", quality=95)
+    found = pixels_of(tmp_path / "a.heic")
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found - np.asarray(ramp, float)[:, :, None]).mean() < 3
 
 
 # The web

@@ -90,3 +90,22 @@ def test_a_row_keeps_the_words_among_its_visual_tokens():
     assert np.array_equal(row.supervised, prompt.supervised)
     assert row.num_visual == 2 * count and row.num_supervised == prompt.supervised.sum()
     assert len(row._text) == len(prompt) - 2 * count
+
+
+@pytest.mark.parametrize("merge", ["flat", "uhd"])
+def test_a_prompt_is_embedded_alike_from_any_place_on(merge):
+    """A chat goes on where its kept prefix ends, be it between two slices."""
+    vlm = sliced_vlm(of(merge))
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((30, 100), (64, 40))]
+    content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    prompt = vlm.tokenize([{"role": "user", "content": content}], images)
+    whole = np.array(vlm.embed(prompt.tokens, prompt.pictures)[0])
+    (start, length), _ = prompt.slots
+    for at in (0, start, start + 3, start + 5, start + length - 1, start + length, len(prompt) - 1):
+        rest = vlm.embed_after(prompt.tokens, prompt.pictures, at)
+        assert np.abs(np.array(rest) - whole[at:]).max() < 1e-5, at
+    moved = prompt.tokens.copy()
+    moved[start + 1] = 65
+    with pytest.raises(PromptError):
+        vlm.embed(moved, prompt.pictures)

@@ -4,6 +4,7 @@ training, conversion, and what is refused."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from typer.testing import CliRunner
 import mlxvlm
 from mlxvlm.cli.main import app
 from mlxvlm.errors import ConfigError, VLMError
+from mlxvlm.model import VLM
 from mlxvlm.weights.convert import convert
 from mlxvlm.weights.export_minicpm import export_minicpm
+from mlxvlm.weights.families import minicpm
+from mlxvlm.weights.folder import Checkpoint
 from mlxvlm.weights.load import load_encoder, load_projected
 from mlxvlm.weights.save import save
 
@@ -60,6 +64,25 @@ def test_the_five_choices(folder: Path) -> None:
     assert (config.projector.type, config.tokens_per_view) == ("resampler", 5)
     assert (config.prompt.layout, config.prompt.merge) == ("llama-3", "minicpm")
     assert config.language["model_type"] == "llama"
+
+
+def test_the_release_has_as_many_bytes(folder: Path) -> None:
+    """Llama3-V's index says what its float32 tensors come to, and so what MiniCPM's do."""
+    raw = json.loads((folder / "config.json").read_text()) | {
+        "query_num": 96,
+        "slice_config": {"max_slice_nums": 9, "patch_size": 14},
+        "vision_config": {"model_type": "idefics2"},
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    config = minicpm.model(Checkpoint(folder, raw))
+    assert (config.tiling.image_size, config.vision.table_grid) == (448, 70)
+    flat: Any = tree_flatten(VLM(config).parameters())  # none is ever evaluated
+    assert 4 * sum(math.prod(x.shape) for _, x in flat) == 34_148_369_344
 
 
 @pytest.mark.parametrize("dropped", [False, True])

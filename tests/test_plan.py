@@ -30,7 +30,7 @@ from mlxvlm.machine.chips import CHIPS, Machine, find_chip, machine, parse_memor
 from mlxvlm.machine.memory import peak
 from mlxvlm.machine.plan import make_plan
 from mlxvlm.machine.study import Study, Variant
-from mlxvlm.machine.tonight import LANGUAGES, _scaled, _step
+from mlxvlm.machine.tonight import LANGUAGES, _step, scaled_step
 from mlxvlm.machine.trace import trace
 from mlxvlm.train.loop import Trainer
 from mlxvlm.train.stages import stage_config
@@ -378,10 +378,10 @@ def test_chips(monkeypatch):
 def test_a_night_is_reckoned_from_few_blocks():
     """Fourteen blocks from four and eight; 2.4 TFLOP a picture, as counted by hand."""
     language = {**LANGUAGES["SmolLM2 135M"], "num_hidden_layers": 14}
-    guessed, true = (f(language, 16, "mean2", "pretrain", False) for f in (_scaled, _step))
+    guessed, true = (f(language, 16, "mean2", "pretrain", False) for f in (scaled_step, _step))
     assert guessed.flops == pytest.approx(true.flops, rel=1e-6)
     assert guessed.peak.bytes == pytest.approx(true.peak.bytes, rel=0.15)
-    large = _scaled(LANGUAGES["Llama 3 8B"], 16, "none", "pretrain", False)
+    large = scaled_step(LANGUAGES["Llama 3 8B"], 16, "none", "pretrain", False)
     # 24 TFLOP: 4 operations a weight and token, and attention's own.
     assert large.flops == pytest.approx(24e12, rel=0.05)
 

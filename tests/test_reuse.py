@@ -113,9 +113,9 @@ def work(monkeypatch):
         counts["views"] += len(pixels)
         return look(self, pixels)
 
-    def run(model, ids, embeddings, *rest):
-        counts["read"] += len(embeddings)
-        return lm(model, ids, embeddings, *rest)
+    def run(prefill, *rest):
+        counts["read"] += len(prefill.embeddings)
+        return lm(prefill, *rest)
 
     monkeypatch.setattr(SiglipVision, "__call__", counted)
     monkeypatch.setattr(generate_module, "_run", run)

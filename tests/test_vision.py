@@ -328,3 +328,30 @@ def test_mean2_rounds_bfloat16_once_and_passes_gradients():
     quarter, half = 0.25, 0.5
     want = [quarter, quarter, half, quarter, quarter, half, half, half, 1.0]
     assert gradient.flatten().tolist() == want
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bytes_are_normalised_by_the_patch_weights(bias):
+    """As the normalised pixels in float32; in bfloat16 nearer to them than rounded pixels are."""
+    config = VisionConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        image_size=30,
+        patch_size=14,
+        image_mean=(0.48, 0.46, 0.41),
+        image_std=(0.27, 0.26, 0.28),
+    )
+    mx.random.seed(0)
+    patches = PatchEmbedding(config, bias)
+    raw = mx.random.randint(0, 256, (2, 30, 30, 3)).astype(mx.uint8)
+    pixels = (raw.astype(mx.float32) / 255 - mx.array(config.image_mean)) / mx.array(
+        config.image_std
+    )
+    truth = patches(pixels)
+    found = patches(raw)
+    assert found.dtype == mx.float32 and mx.abs(found - truth).max().item() < 2e-6
+    patches.set_dtype(mx.bfloat16)
+    half = patches(raw)
+    rounded = patches(pixels.astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16
+    assert mx.square(half - truth).sum().item() < mx.square(rounded - truth).sum().item()

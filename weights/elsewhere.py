@@ -31,8 +31,8 @@ class Elsewhere:
             self.used.add(part)
             return self.resolve(own)
         way_out = (
-            f"Name it: --{part} FOLDER_OR_REPO (mlxvlm convert takes that too, and writes a whole "
-            "model)."
+            f"Name it: --{part} FOLDER_OR_REPO, in chat, fuse and convert; what mlxvlm convert "
+            "writes is whole, for the other commands."
         )
         if not isinstance(named, str) or not named:
             raise ConfigError(

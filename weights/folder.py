@@ -27,12 +27,13 @@ ADAPTERS = "adapters.safetensors"
 VISION_ADAPTERS = "vision_adapters.safetensors"
 PROJECTOR = "projector.safetensors"
 VISION = "vision.safetensors"
+ALIGNER = "aligner.safetensors"
 INDEX = "model.safetensors.index.json"
 PEFT_ADAPTERS = "adapter_model.safetensors"
 # What LLaVA's trainer leaves of a run that kept its language model as it was, beside adapters.
 TRAINED = ("mm_projector.safetensors", "non_lora_trainables.safetensors")
 # safetensors files that are no part of a model's own weights.
-BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, PEFT_ADAPTERS, *TRAINED)
+BESIDE = (ADAPTERS, VISION_ADAPTERS, PROJECTOR, VISION, ALIGNER, PEFT_ADAPTERS, *TRAINED)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Pickles that a trainer leaves beside a model: they hold no weights.
 OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")

@@ -14,7 +14,7 @@ from mlxvlm.errors import ConfigError, UsageError, WeightsError
 from mlxvlm.prompts import render
 from mlxvlm.vision.build import build_vision
 from mlxvlm.vision.carry import carry
-from mlxvlm.weights.families import llama
+from mlxvlm.weights.families import eve, llama
 from mlxvlm.weights.folder import ADAPTERS, VISION_ADAPTERS, Checkpoint, weight_files
 from mlxvlm.weights.hub import Download, resolve
 from mlxvlm.weights.load import WHOLE, Holder, encoder_configs, layout_for, open_encoder
@@ -59,9 +59,11 @@ def join(
 ) -> VLM:
     """An encoder and a language model, from folders or hub ids, and a fresh projector between.
 
-    tiling: fields that override the encoder's own. image_size: of a view in pixels, where it is not
-    the encoder's own: its positions are interpolated. view_marks: "separators" or "index", as
-    `PromptConfig.merge` has them.
+    vision: or what EVE's authors call a patch embedding layer, openai/eve-patch14-anypixel-672,
+    whose weights are fresh. projector: by default of the same kind as that of a whole model whose
+    encoder is taken, else ProjectorConfig's. tiling: fields that override the encoder's own.
+    image_size: of a view in pixels, where it is not the encoder's own: its positions are
+    interpolated. view_marks: "separators" or "index", as `PromptConfig.merge` has them.
     feature_layer, feature_norm: as in `load_encoder`. layout: a prompt layout; by default the one
     that the tokenizer asks for.
     fresh_language: random weights, its config.json alone.
@@ -72,20 +74,36 @@ def join(
     from mlxvlm.model import VLM
 
     wanted = parse_dtype(dtype)
-    eyes, family = open_encoder(vision, revisions[0], report)
-    tower, tiles = encoder_configs(eyes, family, feature_layer, feature_norm, tiling)
+    eyes = family = None
+    if is_layer := eve.NAME.fullmatch(str(vision)) is not None and not Path(vision).exists():
+        if tiling or feature_layer is not None or feature_norm is not None:
+            raise UsageError(
+                f"{vision} is a patch embedding layer: pictures keep their shape, and there are no "
+                "hidden states to choose from."
+            )
+        tower, tiles = eve.choices(str(vision))
+        projector = projector or ProjectorConfig(type="mlp")
+    else:
+        eyes, family = open_encoder(vision, revisions[0], report)
+        tower, tiles = encoder_configs(eyes, family, feature_layer, feature_norm, tiling)
+    if projector is None:
+        whole = family is not None and eyes is not None and family in WHOLE
+        projector = family.model(eyes).projector if whole else ProjectorConfig()
     folder = resolve(language, revisions[1], report)
     mouth = _language(folder, fresh_language)
     tokenizer = Tokenizer.load(folder)
     raw = llama.language(mouth)
     # Any vocabulary has the comma and the newline between LLaVA-UHD's slices.
-    merge = {"anyres": "spatial_unpad", "slices": "uhd"}.get(tiles.type, "flat")
+    merges = {"anyres": "spatial_unpad", "slices": "uhd", "whole": "rows"}
+    merge = merges.get(tiles.type, "flat")
     stored = dataclasses.replace(tower, vision_use_head=False)
     wide = dataclasses.replace(stored, image_size=image_size or stored.image_size)
+    if wide != stored and tiles.varied:
+        raise UsageError(f"{tiles.type!r} views have shapes of their own: leave --image-size out.")
     config = ModelConfig(
-        tiling=dataclasses.replace(tiles, image_size=wide.image_size),
+        tiling=dataclasses.replace(tiles, image_size=image_size) if wide != stored else tiles,
         vision=wide,
-        projector=projector or ProjectorConfig(),
+        projector=projector,
         prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=view_marks or merge),
         language=raw,
         about=about,
@@ -101,17 +119,21 @@ def join(
     try:
         vlm = VLM(config, tokenizer)
         mx.eval(vlm.projector.parameters())
-        seen = Holder(vision=build_vision(stored)) if wide != stored else vlm
-        fill(
-            seen,
-            eyes,
-            family.rename,
-            prefixes=("vision.",),
-            dtype=wanted,
-            quantization=rename_quantization(stored_quantization(eyes.config), family.rename),
-        )
-        if seen is not vlm:
-            carry(seen.vision, vlm.vision, (stored.table_grid, wide.table_grid))
+        if is_layer:
+            mx.eval(vlm.vision.parameters())
+        elif eyes is not None and family is not None:
+            block = stored_quantization(eyes.config)
+            seen = Holder(vision=build_vision(stored)) if wide != stored else vlm
+            fill(
+                seen,
+                eyes,
+                family.rename,
+                prefixes=("vision.",),
+                dtype=wanted,
+                quantization=rename_quantization(block, family.rename),
+            )
+            if seen is not vlm:
+                carry(seen.vision, vlm.vision, (stored.table_grid, wide.table_grid))
         if fresh_language:
             mx.eval(vlm.language.parameters())
         else:

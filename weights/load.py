@@ -35,6 +35,7 @@ from mlxvlm.weights import peft
 from mlxvlm.weights.elsewhere import Elsewhere
 from mlxvlm.weights.families import (
     clip,
+    eve,
     internvit,
     internvl,
     llava,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from mlxvlm.language.tokenizer import Tokenizer
     from mlxvlm.model import VLM
 
-WHOLE = (native, llava, llava_next, llava_original, llava_uhd, xtuner, internvl, minicpm)
+WHOLE = (native, llava, llava_next, llava_original, llava_uhd, xtuner, internvl, minicpm, eve)
 ENCODERS = (siglip, clip, internvit)
 Report = Callable[[Download], Any]
 
@@ -257,13 +258,17 @@ def encoder_configs(
     if isinstance(tiling, TilingConfig):
         tiles = tiling
     elif tiling:
-        tiles = retiled(tiles, tiling, config.image_mean)
-        if "type" in tiling:
-            tiles.patch_size = config.patch_size
-            if tiling["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+        fields = dict(tiling)
+        if "type" in fields:
+            tiles = dataclasses.replace(tiles, patch_size=config.patch_size)
+            if fields["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
                 # A tower of one grid takes others with its positions resized.
                 rule = config.positions if config.takes_any_grid else "bicubic"
                 config = dataclasses.replace(config, positions=rule)
+            if fields["type"] == "centred":
+                mean = tuple(int(255 * value) for value in config.image_mean)
+                fields.setdefault("background", mean)
+        tiles = retiled(tiles, fields, config.image_mean)
     if feature_layer is not None:
         config = dataclasses.replace(config, vision_feature_layer=feature_layer)
         last = config.num_layers_used == config.num_hidden_layers
@@ -279,7 +284,8 @@ def retiled(
     """The same with some fields changed, of another type with none of its tiles."""
     own = dataclasses.asdict(tiles)
     if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
-        own = {name: own[name] for name in ("image_size", "resize", "resample", "background")}
+        kept = ("image_size", "patch_size", "resize", "resample", "background")
+        own = {name: own[name] for name in kept}
     if fields.get("resize") == "pad" and "background" not in fields:  # the encoder's mean colour
         own["background"] = TilingConfig().resized("pad", image_mean).background
     return read_dataclass(TilingConfig, {**own, **fields}, "tiling")

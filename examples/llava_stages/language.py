@@ -27,6 +27,7 @@ def main() -> None:
     weights = dict(tree_flatten(vlm.language.parameters()))
     mx.save_safetensors(str(options.out / "model.safetensors"), weights, {"format": "mlx"})
     (options.out / "config.json").write_text(json.dumps(vlm.config.language, indent=2) + "\n")
+    assert vlm.tokenizer is not None, "a model from a folder has one."
     vlm.tokenizer.save(options.out)
 
 

@@ -79,7 +79,7 @@ MIXES: dict[str, dict[str, float]] = {
         "where": 0.7,
         "where_cs": 1.0,
         "relation": 2.2,
-        "next": 2.0,
+        "next": 2.6,
         "yesno": 1.4,
         "number": 0.3,
         "word": 0.3,

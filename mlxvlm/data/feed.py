@@ -44,8 +44,10 @@ class Pictures:
     `find` gives the origin of a name; by default it lies under `root`. `augment` changes the views
     of pictures in training. pixels: the encoder trains, so `views` stops short of it. Where MLX
     computes on a GPU, features come to it as their bytes on disk; a CPU does better to decode them
-    in the thread that reads ahead.
+    in the thread that reads ahead. teacher: where the same names lead to what a teacher takes.
     """
+
+    teacher: Pictures | None = None
 
     def __init__(
         self,
@@ -103,6 +105,9 @@ class Pictures:
                     f"{picture.cut.views} of {picture.size}.",
                     kind="picture",
                 )
+        if self.teacher is not None and time is not None:
+            for name, one in zip(row.images, found, strict=True):
+                one.taught = self.teacher.get(name)
         if self.augment is None or time is None:
             return found
         return [self.augment(one, (*time, row.where, at)) for at, one in enumerate(found)]

@@ -10,6 +10,7 @@ How values wider than 8 bits become 0-255 (scaled, never clipped):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,26 @@ from ..errors import PictureError
 WHITE = (255, 255, 255, 255)
 # Modes that hold one wide number a pixel; Pillow's own convert() clips them to 0-255.
 WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# Pixels that are converted at a time, so that a large picture needs no third copy of itself.
+BAND = 2**22
 # TIFF tags
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
-    """A new RGB image, without alpha and without metadata; `image` itself is left alone."""
+    """A new RGB image, without alpha and without metadata; `image` itself is left alone.
+
+    Beside the two, memory for a band of rows is needed.
+    """
     try:
         if image.mode in WIDE:
             rgb = _wide_to_rgb(image, name)
         elif _has_alpha(image):
-            rgb = _over_white(image)
+            rgb = _by_bands(image, _over_white)
+        elif image.mode == "RGB":
+            rgb = image.copy()
         else:
-            rgb = image.copy() if image.mode == "RGB" else image.convert("RGB")
+            rgb = _by_bands(image, lambda band: band.convert("RGB"))
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         raise PictureError(
             f"{name} cannot be turned from mode {image.mode} into RGB ({error}): "
@@ -75,38 +83,88 @@ def to_uint8(values: np.ndarray, white: int | None = None, name: str = "the arra
 
     white: the value that is white, where the format says; otherwise the values decide.
     """
-    kind, size = values.dtype.kind, values.dtype.itemsize
-    if kind == "b":
-        return values.astype(np.uint8) * np.uint8(255)
-    if kind == "u" and size == 1:
-        return values
-    if kind == "f":
-        finite = values[np.isfinite(values)]
-        if finite.size == 0:
-            raise PictureError(f"{name} holds no finite value, so there is nothing to see.")
-        low, high = float(finite.min()), float(finite.max())
-        if finite.size < values.size:
-            values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        if low >= 0 and high <= 1:
-            return np.round(values.astype(np.float64) * 255).astype(np.uint8)
-        if low >= 0 and high <= 255 and np.array_equal(values, np.round(values)):
-            return values.astype(np.uint8)
-    else:
-        low, high = int(values.min()), int(values.max())
-        if white is None and kind == "u" and size == 2:
-            white = 65535
-        if white is None and low >= 0 and high <= 65535:
-            white = 255 if high <= 255 else 65535
-        if white is not None and low >= 0 and high <= white:
-            wide = values.astype(np.uint32)
-            return ((wide * 255 + white // 2) // white).astype(np.uint8)
-    # In float64: the span of float32 or int64 values may overflow their own type.
-    span = max(float(high) - float(low), np.finfo(np.float64).tiny)
-    return np.round((values.astype(np.float64) - low) / span * 255).astype(np.uint8)
+    step = max(1, BAND // max(1, values[0].size))
+    bands = [values[at : at + step] for at in range(0, len(values), step)]
+    scale = _Scale(values.dtype, white)
+    for band in bands:
+        scale.see(band, name)
+    out = np.empty(values.shape, np.uint8)
+    for number, band in enumerate(bands):
+        out[number * step : number * step + step] = scale.apply(band, name)
+    return out
+
+
+class _Scale:
+    """What numbers become bytes by, once all of them have been seen, a band at a time."""
+
+    def __init__(self, dtype: np.dtype, white: int | None):
+        self.kind, self.size, self.white = dtype.kind, dtype.itemsize, white
+        self.low: Any = None
+        self.high: Any = None
+        self.whole = True  # no finite value has a fraction
+
+    def see(self, values: np.ndarray, name: str) -> None:
+        if self.kind == "b" or (self.kind == "u" and self.size == 1):
+            return
+        if self.kind == "f":
+            values = values[np.isfinite(values)]
+            if values.size == 0:
+                return
+            low, high = float(values.min()), float(values.max())
+            self.whole = self.whole and np.array_equal(values, np.round(values))
+        else:
+            low, high = int(values.min()), int(values.max())
+        self.low = low if self.low is None else min(self.low, low)
+        self.high = high if self.high is None else max(self.high, high)
+
+    def apply(self, values: np.ndarray, name: str) -> np.ndarray:
+        if self.kind == "b":
+            return values.astype(np.uint8) * np.uint8(255)
+        if self.kind == "u" and self.size == 1:
+            return values
+        low, high = self.low, self.high
+        if self.kind == "f":
+            if low is None:
+                raise PictureError(f"{name} holds no finite value, so there is nothing to see.")
+            if not np.isfinite(values).all():
+                values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+            if low >= 0 and high <= 1:
+                return np.round(values.astype(np.float64) * 255).astype(np.uint8)
+            if low >= 0 and high <= 255 and self.whole:
+                return values.astype(np.uint8)
+        else:
+            white = self.white
+            if white is None and self.kind == "u" and self.size == 2:
+                white = 65535
+            if white is None and low >= 0 and high <= 65535:
+                white = 255 if high <= 255 else 65535
+            if white is not None and low >= 0 and high <= white:
+                wide = values.astype(np.uint32)
+                return ((wide * 255 + white // 2) // white).astype(np.uint8)
+        # In float64: the span of float32 or int64 values may overflow their own type.
+        span = max(float(high) - float(low), np.finfo(np.float64).tiny)
+        return np.round((values.astype(np.float64) - low) / span * 255).astype(np.uint8)
+
+
+def _bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Boxes of whole rows, of at most `BAND` pixels each where a row has no more."""
+    width, height = image.size
+    step = max(1, BAND // width)
+    return [(0, y, width, min(y + step, height)) for y in range(0, height, step)]
+
+
+def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A conversion of single pixels to RGB, without its copies of the whole."""
+    boxes = _bands(image)
+    if len(boxes) == 1:
+        return convert(image)
+    rgb = Image.new("RGB", image.size)
+    for box in boxes:
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
 
 
 def _wide_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
     tags: Any = getattr(image, "tag_v2", None) or {}
     white = None
     if image.mode.startswith("I;16"):
@@ -114,13 +172,21 @@ def _wide_to_rgb(image: Image.Image, name: str) -> Image.Image:
         white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
     elif image.mode == "I" and image.format in ("PNG", "PPM"):
         white = 65535
-    grey = to_uint8(values, white, name)
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        grey = 255 - grey
     key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey = np.where(values == key, np.uint8(255), grey)
-    return Image.fromarray(grey).convert("RGB")
+    boxes = _bands(image)
+    scale = _Scale(np.asarray(image.crop((0, 0, 1, 1))).dtype, white)
+    for box in boxes:
+        scale.see(np.asarray(image.crop(box)), name)
+    rgb = Image.new("RGB", image.size)
+    for box in boxes:
+        values = np.asarray(image.crop(box))
+        grey = scale.apply(values, name)
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            grey = 255 - grey
+        if isinstance(key, int):
+            grey = np.where(values == key, np.uint8(255), grey)
+        rgb.paste(Image.fromarray(grey).convert("RGB"), box)
+    return rgb
 
 
 def _has_alpha(image: Image.Image) -> bool:

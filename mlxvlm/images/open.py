@@ -19,8 +19,11 @@ from ..errors import PictureError
 from .colour import array_to_rgb, to_rgb
 from .fetch import fetch
 
-# Pillow's own error limit (2 x PIL.Image.MAX_IMAGE_PIXELS), which stays in force above it.
-MAX_PIXELS = 178_956_970
+# Decoded and as RGB, 4 bytes a pixel each and 2 more in a progressive JPEG: 1.2 GB. Pillow's own
+# limit (2 x PIL.Image.MAX_IMAGE_PIXELS) stays in force above it.
+MAX_PIXELS = 120_000_000
+# Decoders that hold twice as much.
+GREEDY = ("WEBP", "AVIF", "HEIF", "JPEG2000")
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
@@ -54,11 +57,11 @@ def open_picture(
     """
     if isinstance(source, np.ndarray):
         if source.ndim in (2, 3):
-            _check_size((source.shape[1], source.shape[0]), max_pixels, "the array")
+            check_size((source.shape[1], source.shape[0]), max_pixels, "the array")
         return _with_pixel_digest(array_to_rgb(source))
     if isinstance(source, Image.Image):
-        _check_size(source.size, max_pixels, "the image")
-        return _with_pixel_digest(_decode(source, "the image"))
+        check_size(source.size, max_pixels, "the image")
+        return _with_pixel_digest(_decode(source, "the image", ours=False))
     if isinstance(source, bytes | bytearray | memoryview):
         return _open_bytes(bytes(source), "the picture in memory", max_pixels)
     if isinstance(source, str) and (scheme := _scheme(source)):
@@ -77,14 +80,14 @@ def open_picture(
         raise TypeError(
             f"a picture is a path, bytes, a PIL image or a NumPy array, not {type(source).__name__}"
         )
-    with _open_file(source) as file:
+    with open_file(source) as file:
         return _open_stream(file, _short(os.fspath(source)), max_pixels)
 
 
 def upright_size(source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of what `open_picture` gives, from the header where that is enough."""
     if isinstance(source, str | os.PathLike) and not (isinstance(source, str) and _scheme(source)):
-        with _open_file(source) as file:
+        with open_file(source) as file:
             found = _size_in_header(file, _short(os.fspath(source)), max_pixels)
     elif isinstance(source, bytes | bytearray | memoryview):
         with io.BytesIO(source) as file:
@@ -96,11 +99,12 @@ def upright_size(source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes, as `open_picture` gives it, without decoding."""
-    with _open_file(path) as file:
+    with open_file(path) as file:
         return _digest(file, _short(os.fspath(path)))
 
 
-def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file for reading, or a PictureError that says why not."""
     name = _short(os.fspath(path))
     try:
         mode = os.stat(path).st_mode
@@ -122,20 +126,20 @@ def _open_bytes(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, s
 
 
 def _open_stream(file: IO[bytes], name: str, max_pixels: int) -> tuple[Image.Image, str]:
-    image = _identify(file, name)
-    _check_size(image.size, max_pixels, name)
+    image = identify(file, name)
+    check_size(image.size, _limit(image, max_pixels), name)
     place = file.tell()
     digest = _digest(file, name)
     file.seek(place)
-    return _decode(image, name), digest
+    return _decode(image, name, ours=True), digest
 
 
 def _size_in_header(file: IO[bytes], name: str, max_pixels: int) -> tuple[int, int] | None:
-    image = _identify(file, name)
+    image = identify(file, name)
     if image.format not in WITH_SIZE:
         return None
     width, height = image.size
-    _check_size(image.size, max_pixels, name)
+    check_size(image.size, _limit(image, max_pixels), name)
     try:
         turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:  # as in `_decode`
@@ -157,7 +161,7 @@ def _with_pixel_digest(image: Image.Image) -> tuple[Image.Image, str]:
     return image, digest.hexdigest()
 
 
-def _identify(file: IO[bytes], name: str) -> Image.Image:
+def identify(file: IO[bytes], name: str) -> Image.Image:
     """Reads the header alone."""
     _hush_pillow()
     prefix = b""
@@ -171,7 +175,7 @@ def _identify(file: IO[bytes], name: str) -> Image.Image:
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name} is too large ({error}): make it smaller first.") from error
+        raise _too_large(name, error) from error
     except UnidentifiedImageError as error:
         raise PictureError(f"{name} {_why_unknown(prefix)}") from error
     except MemoryError:
@@ -197,13 +201,14 @@ def _why_unknown(prefix: bytes) -> str:
     return "is not a picture: no format that Pillow reads begins as it does."
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Pixels of an identified image: loaded, RGB over white, upright."""
+def _decode(image: Image.Image, name: str, ours: bool) -> Image.Image:
+    """Pixels of an identified image: loaded, RGB over white, upright. ours: it is given up for
+    them, so that no more than two copies are held."""
     _hush_pillow()
     try:
         image.load()
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name} is too large ({error}): make it smaller first.") from error
+        raise _too_large(name, error) from error
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged data
@@ -213,6 +218,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except Exception:  # broken EXIF does not make a picture unusable
         orientation = 1
     rgb = to_rgb(image, name)
+    if ours:
+        image.close()
     method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return rgb if method is None else rgb.transpose(method)
 
@@ -225,7 +232,17 @@ def _damaged(name: str, kind: str, error: Exception) -> PictureError:
     )
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+def _too_large(name: str, error: Exception) -> PictureError:
+    """Pillow's own refusal, which comes before the size can be asked."""
+    pixels, limit = (*map(int, re.findall(r"\d+", str(error))), 0, 0)[:2]
+    return PictureError(
+        f"{name} is too large: it has {pixels / 1e6:.1f} million pixels, and the limit is "
+        f"{min(limit, MAX_PIXELS) / 1e6:.1f} million: make it smaller first."
+    )
+
+
+def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Refuses a picture of no pixels, or of more than `max_pixels`."""
     width, height = size
     if width < 1 or height < 1:
         raise PictureError(f"{name} has no pixels: its size is {width} x {height}.")
@@ -234,6 +251,11 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
             f"{name} is too large: {width} x {height} is {width * height / 1e6:.1f} million "
             f"pixels, and the limit is {max_pixels / 1e6:.1f} million: make it smaller first."
         )
+
+
+def _limit(image: Image.Image, max_pixels: int) -> int:
+    """The most pixels that this picture may have."""
+    return min(max_pixels, MAX_PIXELS // 2) if image.format in GREEDY else max_pixels
 
 
 def _scheme(source: str) -> str:

@@ -29,12 +29,14 @@ class Picture:
     grid: (rows, columns) of tiles that the views came from.
     size: (width, height) of the picture before tiling, if known.
     sha256: hex digest of the picture's content (file bytes, or pixels), if known.
+    taught: in training with a teacher, the same picture as that one takes it.
     """
 
     views: list[np.ndarray]
     grid: tuple[int, int] = (1, 1)
     size: tuple[int, int] | None = None
     sha256: str | None = None
+    taught: Any = None
 
     @property
     def cut(self) -> Cut:
@@ -47,6 +49,7 @@ class Features:
 
     The arrays are MLX or NumPy; they differ in length only where the views differ in size.
     projected: whether the projector has run too, and the width is the language model's.
+    grids: (rows, columns) of each view's patches, where they differ; None: as the cut says.
     """
 
     views: list[Any]
@@ -54,6 +57,7 @@ class Features:
     size: tuple[int, int] | None = None
     sha256: str | None = None
     projected: bool = False
+    grids: list[tuple[int, int]] | None = None
 
     @property
     def cut(self) -> Cut:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..config import TilingConfig
 from ..errors import ConfigError
-from . import anyres, cover, dynamic, preprocess, slices
+from . import anyres, cover, dynamic, preprocess, slices, whole
 from .colour import to_rgb
 from .open import MAX_PIXELS, Source, open_picture, upright_size
 from .picture import Cut, Picture
@@ -77,7 +77,7 @@ def tiles_each(tiling: TilingConfig, among: int, most: int = 0) -> int | None:
     of internvl_chat, multi_modal_multi_image_get_item). most: less than max_tiles, as a source of
     rows may ask; 0 for no such wish.
     """
-    if tiling.type == "single":
+    if tiling.type in ("single", "whole", "centred"):
         return None
     if tiling.type == "cover" and among >= cover.SPLIT_UNDER:
         return 1
@@ -102,6 +102,15 @@ def single(image: Image.Image, tiling: TilingConfig, max_tiles: int | None) -> V
     return [view(image, tiling)], (1, 1)
 
 
+def view_sizes(cut: Cut, tiling: TilingConfig) -> list[Size]:
+    """(width, height) of each view of a picture that is cut so."""
+    if tiling.type == "whole":
+        return whole.view_sizes(cut, tiling)
+    if tiling.type == "slices":
+        return slices.view_sizes(cut, tiling)
+    return [(tiling.image_size, tiling.image_size)] * cut.views
+
+
 def _check_limit(max_tiles: int | None) -> None:
     if max_tiles is not None and max_tiles < 1:
         raise ConfigError(f"max_tiles (={max_tiles}) must be at least 1.")
@@ -113,4 +122,6 @@ TILINGS: dict[str, Tiling] = {
     "anyres": Tiling(anyres.cut, anyres.plan),
     "cover": Tiling(cover.cut, cover.plan),
     "slices": Tiling(slices.cut, slices.plan),
+    "whole": Tiling(whole.cut, whole.plan),
+    "centred": Tiling(whole.centred, lambda size, tiling, max_tiles: Cut(1)),
 }

@@ -134,6 +134,19 @@ def hidden_states(
     return out, seen
 
 
+def last_logits(lm: nn.Module, ids: mx.array, embeddings: mx.array, cache: list[Any]) -> mx.array:
+    """Logits [1, V] after the last of [L] ids with [L, D] embeddings, whatever the decoder does to
+    logits after its head: the head runs at that position alone."""
+    owner, inner = decoder(lm), trunk(lm)
+    # As an item of the module's dictionary, because an attribute would not be found again.
+    dict.__setitem__(owner, "model", _Layer(inner, lambda *a, **k: inner(*a, **k)[:, -1:]))
+    try:
+        logits = lm(ids[None], cache=cache, input_embeddings=embeddings[None])
+    finally:
+        dict.__setitem__(owner, "model", inner)
+    return logits[:, -1]
+
+
 @contextmanager
 def recomputed(blocks: list[Any]) -> Iterator[None]:
     """For one call, these blocks keep nothing for the backward pass and are run again in it."""

@@ -1,22 +1,34 @@
-"""Tokens out of a language model: prefill from embeddings, then sample, through mlx-lm."""
+"""Tokens out of a language model of mlx-lm's: prefill from embeddings, then sample.
+
+The loop is our own: what is short (a second question) is read in one go, with the head at its last
+position alone, where mlx-lm's `generate_step` always reads the last token in a step of its own; and
+greedy decoding needs no logarithms of probabilities.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import ConfigError
+from .forward import last_logits
 
 # Positions that one prefill call takes: bounds the attention's memory on long prompts.
 PREFILL_STEP_SIZE = 2048
 
+# What is longer is read without its last token first: keys and values do not need the last block's
+# attention and MLP, nor the head, and those of many tokens cost more than a step for one.
+AT_ONCE = 256
+
 # How many of the latest tokens a repetition penalty looks at (mlx-lm's own default).
 REPETITION_CONTEXT_SIZE = 20
+
+# Tokens between two returns of MLX's unused buffers to the system, the first after the prefill.
+CLEAR_EVERY = 256
 
 
 def generate_tokens(
@@ -87,16 +99,14 @@ def generate_tokens(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    settings = {
-        "max_tokens": max_tokens,
-        "sampler": sampling.sampler,
-        "logits_processors": sampling.processors,
-        "prompt_cache": prompt_cache,
-        "prefill_step_size": prefill_step_size,
-    }
+    if prompt_cache is None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        prompt_cache = make_prompt_cache(lm)
+    prefill = Prefill(lm, sampling.ids[start:], embeddings, prompt_cache, prefill_step_size)
     stops = [pause - start for pause in pauses if start < pause < len(tokens)]
     told = (lambda at: at_pause(start + at)) if at_pause else (lambda at: None)
-    return _run(lm, sampling.ids[start:], embeddings, frozenset(stop_ids), settings, stops, told)
+    return _run(prefill, sampling, frozenset(stop_ids), max_tokens, stops, told)
 
 
 class Sampling:
@@ -121,39 +131,60 @@ class Sampling:
     ):
         spoken = ~np.isin(tokens, np.fromiter(banned_ids, np.int64))
         self.ids = np.where(spoken, tokens, 0)
+        self.greedy = temperature == 0
+        self.looks_back = repetition_penalty is not None
         self.sampler = _sampler(temperature, top_p, top_k, min_p, seed)
         self.processors = [_mute(banned_ids, vocab_size)]
         if repetition_penalty is not None:
             self.processors.append(_penalise(repetition_penalty, tokens[spoken]))
 
-    def first(self, logits: mx.array) -> int:
-        """The token that follows the prompt, of [1, V] logits."""
-        prompt = mx.array(self.ids.astype(np.int32))
+    def draw(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """The token [1] that follows `tokens`, the prompt's and those drawn since (the prompt's
+        will do where nothing `looks_back`), of logits [1, V]."""
         for processor in self.processors:
-            logits = processor(prompt, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return int(np.array(self.sampler(logprobs))[0])
+            logits = processor(tokens, logits)
+        if not self.greedy:
+            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self.sampler(logits)
 
 
-def prefill(
-    lm: Any,
-    ids: np.ndarray,
-    embeddings: mx.array,
-    caches: list[Any],
-    step: int = PREFILL_STEP_SIZE,
-) -> mx.array:
-    """Reads a whole prompt, [L] ids with [L, D] embeddings, into empty caches: [1, V] logits of
-    what follows."""
-    prompt = mx.array(ids.astype(np.int32))
-    last = (len(ids) - 1) // step * step
-    for at in range(0, last, step):
-        _read(lm, prompt[at : at + step], embeddings[at : at + step], caches)
-    logits = lm(prompt[None, last:], cache=caches, input_embeddings=embeddings[None, last:])
-    return logits[:, -1]
+class Prefill:
+    """A prompt, [N] ids with [N, D] embeddings, on its way into `caches`, at most `step` positions
+    a call."""
+
+    def __init__(
+        self,
+        lm: Any,
+        ids: np.ndarray,
+        embeddings: mx.array,
+        caches: list[Any],
+        step: int = PREFILL_STEP_SIZE,
+    ):
+        self.lm, self.embeddings, self.caches, self.step = lm, embeddings, caches, step
+        self.ids = mx.array(ids.astype(np.int32))
+        self.done = 0
+
+    def read(self, upto: int) -> None:
+        """Reads as far as `upto`, without logits."""
+        while self.done < upto:
+            ids, embeddings = self._piece(min(self.done + self.step, upto))
+            self.lm(ids[None], cache=self.caches, input_embeddings=embeddings[None])
+            mx.eval([cache.state for cache in self.caches])
+            mx.clear_cache()
+
+    def finish(self) -> mx.array:
+        """Reads the rest: [1, V] logits of what follows, lazy."""
+        if len(self.ids) - self.done > min(self.step, AT_ONCE):
+            self.read(len(self.ids) - 1)
+        return last_logits(self.lm, *self._piece(len(self.ids)), self.caches)
+
+    def _piece(self, stop: int) -> tuple[mx.array, mx.array]:
+        start, self.done = self.done, stop
+        return self.ids[start:stop], self.embeddings[start:stop]
 
 
 def decoder_of_many(lm: Any, stop_ids: Collection[int], size: int) -> Any:
-    """mlx-lm's BatchGenerator, for prompts that `prefill` has read and their first tokens."""
+    """mlx-lm's BatchGenerator, for prompts that a `Prefill` has read and their first tokens."""
     from mlx_lm.generate import BatchGenerator
 
     return BatchGenerator(
@@ -167,43 +198,33 @@ def decoder_of_many(lm: Any, stop_ids: Collection[int], size: int) -> Any:
 
 
 def _run(
-    lm: Any,
-    ids: np.ndarray,
-    embeddings: mx.array,
+    prefill: Prefill,
+    sampling: Sampling,
     stop_ids: frozenset[int],
-    settings: dict[str, Any],
+    max_tokens: int,
     pauses: list[int],
     at_pause: Callable[[int], None],
 ) -> Generator[int, None, None]:
-    from mlx_lm.generate import generate_step
-
-    # It yields from inside a stream's context; on mlx-lm's own stream, the caller's work between
-    # tokens would land there too, and two generators would restore each other's.
-    home = mx.default_stream(mx.default_device())
-    prompt = mx.array(ids.astype(np.int32))
-    done, step = 0, settings["prefill_step_size"]
     for pause in pauses:
-        for at in range(done, pause, step):
-            stop = min(at + step, pause)
-            _read(lm, prompt[at:stop], embeddings[at:stop], settings["prompt_cache"])
+        prefill.read(pause)
         at_pause(pause)
-        done = pause
-    rest = embeddings[done:]
-    with closing(
-        generate_step(prompt[done:], lm, stream=home, input_embeddings=rest, **settings)
-    ) as steps:
-        for step, _ in steps:
-            token = int(step)  # an int already, but typed as an array
-            yield token
-            if token in stop_ids:
-                break
-
-
-def _read(lm: Any, ids: mx.array, embeddings: mx.array, caches: list[Any]) -> None:
-    """Fills the caches with a piece of the prompt, as generate_step's own prefill does."""
-    lm(ids[None], cache=caches, input_embeddings=embeddings[None])
-    mx.eval([cache.state for cache in caches])
-    mx.clear_cache()
+    tokens = mx.array(sampling.ids.astype(np.int32))
+    token = sampling.draw(tokens, prefill.finish())
+    mx.async_eval(token)
+    for count in range(max_tokens):
+        # The next one is on its way before this one is looked at.
+        if sampling.looks_back:
+            tokens = mx.concatenate([tokens, token])
+        logits = prefill.lm(token[None], cache=prefill.caches)[:, -1]
+        following = sampling.draw(tokens, logits)
+        mx.async_eval(following)
+        found = int(np.array(token)[0])
+        yield found
+        if found in stop_ids:
+            break
+        if count % CLEAR_EVERY == 0:
+            mx.clear_cache()
+        token = following
 
 
 def _sampler(

@@ -43,6 +43,11 @@ def add_vision_lora(vision: Any, config: LoRAConfig) -> None:
     vision.freeze()
     tower = nn.Module()
     tower.layers = vision.encoder.layers[: vision.config.num_layers_used]
+    if not tower.layers:
+        raise ConfigError(
+            "this model's vision has no blocks to put adapters on: train it itself, as --train "
+            "vision."
+        )
     _convert(tower, tower.layers, -1, config)
 
 
@@ -99,24 +104,36 @@ def adapter_parameters(module: nn.Module) -> dict[str, mx.array]:
     return {name: v for name, v in leaves if is_adapter(name)}
 
 
-def fuse(module: nn.Module) -> None:
-    """Merges all adapters into their layers, in place, summed in float32 and rounded once.
+def fuse(module: nn.Module, requantise: bool = False) -> int:
+    """Merges all adapters into their layers, in place, summed in float32 and rounded once; how many
+    of these were quantised.
 
-    A quantised layer becomes an ordinary one: quantising the sum again would lose part of what was
-    learnt.
+    A quantised layer becomes an ordinary one: quantising the sum again loses part of what was
+    learnt. requantise: do so all the same, as the layer was.
     """
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
     merged = [
-        (name, _merge(m))
+        (name, m.linear, _merge(m))
         for name, m in module.named_modules()
         if isinstance(m, LoRALinear | DoRALinear)
     ]
     if not merged:
         raise ConfigError("there is no adapter to fuse: give --adapter-path.")
-    module.update_modules(tree_unflatten(merged))
+    layers: list[tuple[str, nn.Module]] = []
+    quantised = 0
+    for name, before, after in merged:
+        if isinstance(before, nn.QuantizedLinear):
+            quantised += 1
+            if requantise:
+                after = nn.QuantizedLinear.from_linear(
+                    after, before.group_size, before.bits, before.mode
+                )
+        layers.append((name, after))
+    module.update_modules(tree_unflatten(layers))
     mx.eval(module.parameters())
+    return quantised
 
 
 def _merge(module: Any) -> nn.Linear:

@@ -15,7 +15,7 @@ from ..config import is_adapter, pooled_tokens
 from ..data.buckets import Batch
 from ..grids import Views, batched, view_grids
 from ..images.picture import Picture
-from ..images.slices import view_sizes
+from ..images.tiling import view_sizes
 from ..language.forward import head_module
 from ..language.load import language_width
 from ..model import VLM

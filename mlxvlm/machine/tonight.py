@@ -146,7 +146,7 @@ def tonight(
                         continue  # a quantised model trains by adapters alone
                     found, twice = None, False
                     for twice in (False, True):
-                        found = _scaled(language, bits, pool, stage, twice)
+                        found = scaled_step(language, bits, pool, stage, twice)
                         if found.peak.bytes <= room:
                             break
                     assert found is not None
@@ -164,7 +164,7 @@ def encoding_seconds(machine: Machine, row: Row, pictures: int) -> float:
     return pictures * row.encoder_flops / rate
 
 
-def _scaled(language: dict[str, Any], bits: int, pool: str, stage: str, twice: bool) -> Step:
+def scaled_step(language: dict[str, Any], bits: int, pool: str, stage: str, twice: bool) -> Step:
     """One step of a model, from two of fewer blocks: all blocks are alike."""
     few, more = 4, 8
     a = _step({**language, "num_hidden_layers": few}, bits, pool, stage, twice)

@@ -94,18 +94,23 @@ def heads_of(config: ProjectorConfig, width: int) -> int:
     return heads
 
 
-@lru_cache(maxsize=8)
 def sincos(height: int, width: int, dim: int) -> np.ndarray:
     """[height * width, dim] float32, places in rows: the first half says the column, the second
     the row, each as the sines and then the cosines of it / 10000^(i / (dim / 4)).
 
     As MAE has it (He et al. 2021), two-dimensional from Vaswani et al. 2017.
     """
-    rows, columns = np.divmod(np.arange(height * width), width)
-    rates = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
-    angles = [place[:, None] * rates for place in (columns, rows)]
-    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    table = np.empty((height, width, dim), np.float32)
+    table[..., : dim // 2] = _waves(width, dim // 4)
+    table[..., dim // 2 :] = _waves(height, dim // 4)[:, None]
+    return table.reshape(height * width, dim)
+
+
+@lru_cache(maxsize=128)
+def _waves(count: int, rates: int) -> np.ndarray:
+    """[count, 2 * rates] float32: sines, then cosines, of the places 0 to count along an axis."""
+    angles = np.arange(count)[:, None] * 10000.0 ** -(np.arange(rates) / rates)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def small(*shape: int) -> mx.array:

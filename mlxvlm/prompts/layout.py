@@ -162,12 +162,14 @@ def _layout(name: str) -> Callable[..., list[Piece]]:
 
 
 def _with_suffixes(pieces: list[Piece], suffix: str) -> list[Piece]:
-    """The suffix after each picture that something follows."""
+    """The suffix after each picture that something follows, unless that begins with it."""
     out: list[Piece] = []
     for at, piece in enumerate(pieces):
         out.append(piece)
         if isinstance(piece, Slot) and suffix and at + 1 < len(pieces):
-            out.append(Text(suffix))
+            after = pieces[at + 1]
+            if not (isinstance(after, Text) and after.text.startswith(suffix)):
+                out.append(Text(suffix))
     return out
 
 

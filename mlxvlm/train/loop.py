@@ -33,7 +33,8 @@ from ..data.mixture import Mixture, Source
 from ..data.split import split
 from ..dtypes import dtype_of
 from ..errors import ConfigError, DataError, UsageError, VLMError
-from ..language.forward import check_head
+from ..language.forward import blocks_of, check_head
+from ..language.load import language_width
 from ..language.lora import fuse
 from ..model import VLM
 from ..vision.encoder import DTYPES, Encoder
@@ -43,6 +44,7 @@ from ..weights.join import check_out
 from ..weights.load import load, load_encoder
 from ..weights.save import save
 from . import checkpoint
+from .align import PatchAligner, load_aligner, save_aligner
 from .distributed import Ranks
 from .guard import Guard
 from .losses import batch_loss, count, gradients
@@ -50,7 +52,8 @@ from .optimizer import Optimizer, clip, learning_rate
 from .parts import prepare_parts
 from .plot import draw
 from .rows import check_rows, feed_of, gather_rows, open_caches
-from .stages import TrainConfig, fingerprint
+from .stages import ALIGN, TrainConfig, fingerprint
+from .teacher import Teacher
 from .validation import Best, sample_answers
 
 METRICS = "metrics.jsonl"
@@ -83,6 +86,13 @@ class Trainer:
         mx.random.seed(config.seed)
         check_head(self.vlm.language)
         self.lora, self.vision_lora = prepare_parts(self.vlm, config)
+        self.teacher = Teacher.of(self.vlm, config, self._tell)
+        if self.teacher:
+            width = language_width(self.vlm.config.language)
+            count = len(blocks_of(self.vlm.language))
+            mx.random.seed(config.seed)  # whether a teacher was built before or not
+            self.vlm.aligner = PatchAligner(width, self.teacher.width, count)
+            load_aligner(self.vlm["aligner"], self.model)
         mx.eval(self.vlm.parameters())
         self.encoder: Encoder | None = self.vlm.encoder
         # Before a cache takes the tower's place.
@@ -90,7 +100,7 @@ class Trainer:
         sources = config.all_sources
         validation = [config.source(config.val_data)] if config.val_data else []
         self.caches = self._open_caches([*sources, *validation])
-        gathered, self.feed = self._feed(sources, config.mixture, config.loss)
+        gathered, self.feed = self._feed(sources, config.mixture, config.loss, self.teacher)
         self.val: Feed | None = None
         # What each feed was gathered from; rows that are held back are of the same sources.
         self.read = [(gathered, self.feed.lost)]
@@ -110,6 +120,7 @@ class Trainer:
             "model's tensors": model,
             "rows": self.feed.digest(),
             "features": [self._dtype_of(source) for source in sources],
+            "teacher's features": self.teacher.exactness if self.teacher else None,
         }
         self.optimizer = Optimizer(config, self.trainable())
         self.guard = Guard(config.spike_factor)
@@ -147,10 +158,12 @@ class Trainer:
             return self.caches[source.cache].meta["codec"]
         return DTYPES[self.vlm.encoder.dtype]
 
-    def _feed(self, sources: list[Source], mixture: Mixture, loss: str) -> tuple[Gathered, Feed]:
+    def _feed(
+        self, sources: list[Source], mixture: Mixture, loss: str, teacher: Teacher | None = None
+    ) -> tuple[Gathered, Feed]:
         config, ranks = self.config, self.ranks
         gathered = gather_rows(
-            config, self.vlm, self.encoder, self.caches, sources, mixture, self._tell
+            config, self.vlm, self.encoder, self.caches, sources, mixture, self._tell, teacher
         )
         samples, feed = gathered.samples, None
         if samples:
@@ -306,7 +319,8 @@ class Trainer:
         parts: dict[str, mx.array] = {}
         for batch, found in batches:
             views = self.feed.pictures.views(found)
-            options = (config.targets, totals, config.grad_checkpoint, self.projected)
+            lesson = self.teacher.lesson(self.feed.pictures, found) if self.teacher else None
+            options = (config.targets, totals, config.grad_checkpoint, self.projected, lesson)
             flat, here = gradients(self.gradient, self.vlm, batch, views, *options)
             grads = {k: grads[k] + g if grads else g for k, g in flat.items()}
             parts = {k: parts.get(k, mx.array(0.0)) + v for k, v in here.items()}
@@ -319,12 +333,14 @@ class Trainer:
     def _count(self, batches: list[Batch]) -> tuple[dict[str, float], dict[str, int]]:
         """What a step's losses are divided by, and its sizes: over all ranks."""
         totals = count(batches)
+        if self.teacher:
+            totals[ALIGN] = float(sum(len(batch.cuts) for batch in batches))
         sizes = {
             "tokens": sum(batch.num_tokens for batch in batches),
             "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
             "rows": sum(batch.rows for batch in batches),
         }
-        names = ["loss", *sorted(self.config.targets)]
+        names = ["loss", *sorted(self.config.targets), *([ALIGN] if self.teacher else [])]
         if self.ranks.size == 1:
             return {name: totals.get(name, 0.0) for name in names}, sizes
         stop = {"stop": float(self.interrupted.is_set())}
@@ -455,7 +471,10 @@ class Trainer:
             vlm.vision = load_encoder(self.model).vision
         if self.vision_lora is not None:
             fuse(vlm.vision)
+        aligner = vlm.pop("aligner", None)
         save(vlm, self.out)
+        if aligner is not None:
+            save_aligner(aligner, self.out)
 
 
 def _check_out(config: TrainConfig) -> Path:

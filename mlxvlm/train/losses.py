@@ -2,6 +2,7 @@
 
     loss = sum of weight * -log p(label) over supervised tokens / sum of weight, over the whole step
          + for each auxiliary target:  weight * mean of -sum of mass * log p(word)
+         + of a teacher:               weight * mean over pictures of 1 - mean cosine
 
 Logits exist at supervised positions only: with a vocabulary of 128,256 and 60 answers of 1,024
 positions that is 31 MB instead of 525. Past `CHUNK` logits they are made in pieces, so a long
@@ -25,7 +26,8 @@ from ..language.forward import head, head_module, hidden_states, recomputed
 from ..language.packed import packed_caches
 from ..language.prefix import BranchCache, prefix_caches
 from ..model import VLM
-from .stages import AuxiliaryTarget
+from .align import Lesson, PatchAligner, aligning_loss, places
+from .stages import ALIGN, AuxiliaryTarget
 
 # logits made at once: 6 Mi values are 24 MB in float32.
 CHUNK = 6 * 1024 * 1024
@@ -129,6 +131,7 @@ def batch_loss(
     totals: dict[str, float],
     grad_checkpoint: bool = False,
     projected: bool = False,
+    lesson: Lesson | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """What a micro-batch adds to its step's loss, times `totals["loss"]`, and the loss's parts.
 
@@ -138,9 +141,12 @@ def batch_loss(
     views: [views, tokens, width] features of the batch's pictures, or [views, H, W, 3] normalised
     pixels where the encoder trains; lists where views differ in size. totals: what each part is
     divided by, over the whole step: "loss" the labels' weights, and each target's count. projected:
-    the features have been through the projector already.
+    the features have been through the projector already. lesson: of a teacher, for a model with an
+    `aligner`.
     """
     layers = tuple(sorted({targets[name].layer for name in batch.targets if name in targets}))
+    if lesson is not None:
+        layers = tuple(sorted({*layers, *vlm["aligner"].layers}))
     visual = (
         None if views is None else visual_of(vlm, views, batch.cuts, projected, grad_checkpoint)
     )
@@ -156,6 +162,13 @@ def batch_loss(
         named = _named(vlm.language, state, mx.array(wanted.words), mx.array(wanted.masses))
         parts[name] = named / totals[name]
         total = total + totals["loss"] * targets[name].weight * parts[name]
+    if lesson is not None:
+        # As transformers counts hidden states: the last of them is normed.
+        aligner: PatchAligner = vlm["aligner"]
+        states = seen | {aligner.num_layers: hidden}
+        found = places(batch, vlm.config)
+        parts[ALIGN] = aligning_loss(aligner, states, found, lesson.features) / totals[ALIGN]
+        total = total + totals["loss"] * lesson.weight * parts[ALIGN]
     return total, parts
 
 

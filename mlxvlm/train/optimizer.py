@@ -73,9 +73,10 @@ class Group:
 class Optimizer:
     """The optimizer that `--optimizer` names; AdamW (Loshchilov & Hutter 2019) as torch has it.
 
-    Groups: projector, language model and vision tower, each with and without decay: vectors (norms,
-    biases, DoRA's magnitudes) have none. Decay is AdamW's, w (1 - rate * decay) before the step,
-    under every rule. Muon takes matrices; tables, heads and the rest have AdamW under it.
+    Groups: projector, language model, vision tower and aligner, each with and without decay:
+    vectors (norms, biases, DoRA's magnitudes) have none. Decay is AdamW's, w (1 - rate * decay)
+    before the step, under every rule. Muon takes matrices; tables, heads and the rest have AdamW
+    under it.
     """
 
     def __init__(self, config: TrainConfig, parameters: dict[str, mx.array]):
@@ -84,7 +85,7 @@ class Optimizer:
         self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         peaks = {"projector": config.projector_learning_rate, "vision": config.vision_learning_rate}
         kinds: dict[tuple[str, bool, str], list[str]] = {}
-        for part in ("projector", "language", "vision"):
+        for part in ("projector", "language", "vision", "aligner"):
             for decayed in (True, False):
                 for name, value in parameters.items():
                     if name.startswith(part + ".") and (value.ndim > 1) == decayed:

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..language.forward import blocks_of
 from ..language.lora import add_lora, add_vision_lora, matching
 from ..model import VLM
+from ..vision.blocks import set_drop_path
 from .stages import TrainConfig
 
 
@@ -39,6 +40,8 @@ def prepare_parts(vlm: VLM, config: TrainConfig) -> tuple[LoRAConfig | None, LoR
         module.set_dtype(mx.float32)
     if "vision" in parts:
         _freeze_unused(vlm.vision)
+    if config.trains_vision:
+        set_drop_path(vlm.vision, config.vision_drop_path)
     return _add_adapters(vlm, config)
 
 

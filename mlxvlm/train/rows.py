@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cache import EmbeddingCache
 from ..data.batching import Batching
@@ -20,6 +20,9 @@ from ..language.packed import longest_pack
 from ..model import VLM
 from ..vision.encoder import Encoder
 from .stages import TrainConfig
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
 
 
 def open_caches(
@@ -50,8 +53,10 @@ def gather_rows(
     sources: list[Source],
     mixture: Mixture,
     tell: Callable[[Any], None] | None = None,
+    teacher: Teacher | None = None,
 ) -> Gathered:
-    """Samples of all usable rows of an epoch. tell: of a `Download` before anything is fetched."""
+    """Samples of all usable rows of an epoch. tell: of a `Download` before anything is fetched.
+    teacher: whose view of each picture comes with it."""
     sources = [replace(s, data=local_data(s.data, tell)) for s in sources]
     shelves = [
         shelf_of(
@@ -64,6 +69,9 @@ def gather_rows(
         )
         for s in sources
     ]
+    if teacher:
+        for source, shelf in zip(sources, shelves, strict=True):
+            shelf.teacher = teacher.shelf(source, config.allow_urls)
     assert vlm.tokenizer is not None
     reading = Reading(
         vlm.tokenizer,

@@ -66,6 +66,7 @@ LEAST = {
     "val_samples": 0,
     "patience": 0,
     "lora_alpha": 0,
+    "teacher_weight": 0,
 }
 
 ADAPTER_FLAGS = (
@@ -77,6 +78,11 @@ ADAPTER_FLAGS = (
     "rslora",
     "dora",
 )
+
+VISION_FLAGS = ("vision_learning_rate", "vision_drop_path")
+
+# What the teacher's part of the loss is called.
+ALIGN = "align"
 
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
 STAGES: dict[str, dict[str, Any]] = {
@@ -152,6 +158,11 @@ class TrainConfig:
     learning_rate: float = flag(1e-3, "Peak learning rate; adapters have that of their part.")
     projector_learning_rate: float = flag(0.0, "The projector's own; 0 means --learning-rate.")
     vision_learning_rate: float = flag(0.0, "The vision tower's own; 0 means --learning-rate.")
+    vision_drop_path: float = flag(
+        0.0,
+        "Stochastic depth of a vision tower that trains: the share of views that lose a branch of "
+        "its last block; fewer in those before.",
+    )
     schedule: str = flag("cosine", f"After warm-up: {', '.join(SCHEDULES)}.")
     warmup: float = flag(
         0.03, "Warm-up: a share of all steps below 1, a number of steps from 1 up."
@@ -196,6 +207,15 @@ class TrainConfig:
     )
     rslora: bool = flag(False, "Scale adapters by alpha / sqrt(rank) instead.")
     dora: bool = flag(False, "DoRA: adapters with a magnitude for each output.")
+    teacher: str = flag(
+        "",
+        "Of EVE: whose features its tokens come close to while it trains, or none. Default: the "
+        "model's own teacher, a CLIP.",
+    )
+    teacher_cache: str = flag(
+        "", "Of EVE: cache of the teacher's features; cache-embeddings -m MODEL makes it."
+    )
+    teacher_weight: float = flag(1.0, "Of EVE: the teacher's share beside the loss of words.")
     targets: dict[str, AuxiliaryTarget] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     mixture: Mixture = field(default_factory=Mixture)
@@ -235,6 +255,10 @@ class TrainConfig:
             raise UsageError(f"--epochs (={self.epochs}) must be above 0 where --iters is 0.")
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate (={self.learning_rate}) must be above 0.")
+        if not 0 <= self.vision_drop_path < 1:
+            raise UsageError(
+                f"--vision-drop-path (={self.vision_drop_path}) must be from 0 to less than 1."
+            )
         if self.val_data and self.val_split:
             raise UsageError("--val-data and --val-split do not go together; drop one.")
         if self.patience and not (self.val_data or self.val_split):
@@ -249,6 +273,8 @@ class TrainConfig:
             raise UsageError(
                 f"--batching {self.batching} and --share-prefix do not go together; drop one."
             )
+        if ALIGN in self.targets:
+            raise UsageError(f"targets.{ALIGN} is what the teacher's part is called: rename it.")
         if self.sources and self.data:
             raise UsageError("--data and [[sources]] both name rows; choose one.")
         if self.data or self.sources:
@@ -337,7 +363,7 @@ def refuse_idle(stage: str, flags: dict[str, Any], config: TrainConfig) -> None:
     for name in given:
         if name in ADAPTER_FLAGS and not adapts:
             heeded = "is of adapters: name lora:lm or lora:vision in --train"
-        elif name == "vision_learning_rate" and not config.trains_vision:
+        elif name in VISION_FLAGS and not config.trains_vision:
             heeded = "is of the vision tower: name vision or lora:vision in --train"
         elif name == "projector_learning_rate" and "projector" not in parts:
             heeded = "is of the projector: name projector in --train"
@@ -399,12 +425,17 @@ def _paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             return value
         # What may be a hub's is a path if it lies beside the recipe.
         beside = (folder / value).exists()
-        if name == "model" and not beside or name in ("data", "val_data") and is_hub_data(value):
+        if (
+            name in ("model", "teacher")
+            and not beside
+            or name in ("data", "val_data")
+            and is_hub_data(value)
+        ):
             if not beside:
                 return value
         return str((folder / value).resolve())
 
-    names = ("model", "data", "out", "images", "cache", "val_data")
+    names = ("model", "data", "out", "images", "cache", "val_data", "teacher", "teacher_cache")
     return raw | {name: place(name, raw[name]) for name in names if name in raw}
 
 
@@ -425,7 +456,7 @@ FREE_ON_RESUME = {
     "spike_factor",
     "patience",
     "val_samples",
-} | {"data", "images", "cache", "val_data", "strict"}
+} | {"data", "images", "cache", "teacher_cache", "val_data", "strict"}
 
 
 def fingerprint(config: TrainConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,6 +46,34 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """A branch of a block that training leaves out at random, for each row by itself: stochastic
+    depth (Huang et al. 2016). What is kept is scaled up, so that the mean stays.
+
+    rate: the share of rows that lose the branch, 0 until `set_drop_path` says more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+
+    def __call__(self, branch: mx.array) -> mx.array:
+        """[N, ...] -> [N, ...]; itself, unless in training."""
+        if not self.training or not self.rate:
+            return branch
+        shape = (branch.shape[0], *[1] * (branch.ndim - 1))
+        kept = mx.random.bernoulli(1 - self.rate, shape).astype(branch.dtype)
+        return branch * (kept / (1 - self.rate))
+
+
+def set_drop_path(tower: Any, rate: float) -> None:
+    """Rates of a tower's blocks: 0 in the first, then evenly up to `rate` in the last of its
+    config's layers, as in timm."""
+    last = max(1, tower.config.num_hidden_layers - 1)
+    for number, layer in enumerate(tower.encoder.layers):
+        layer.drop_path.rate = rate * number / last
+
+
 class EncoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), every token seeing every token of its row."""
 
@@ -56,10 +85,11 @@ class EncoderLayer(nn.Module):
         self.self_attn = SelfAttention(hidden_size, num_heads)
         self.layer_norm2 = nn.LayerNorm(hidden_size, eps=eps)
         self.mlp = MLP(hidden_size, intermediate_size, act)
+        self.drop_path = DropPath()
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.drop_path(self.self_attn(self.layer_norm1(x)))
+        return x + self.drop_path(self.mlp(self.layer_norm2(x)))
 
 
 class Blocks(nn.Module):

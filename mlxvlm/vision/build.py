@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from ..config import VisionConfig
+from ..config import EVE, VisionConfig
 from .clip import ClipVision
+from .eve import EveVision
 from .internvit import InternVit
 from .siglip import SiglipVision
 
-Tower = SiglipVision | ClipVision | InternVit
+Tower = SiglipVision | ClipVision | InternVit | EveVision
 TOWERS = {
     "siglip_vision_model": SiglipVision,
     "clip_vision_model": ClipVision,
     "internvl_vision": InternVit,
+    EVE: EveVision,
 }
 
 

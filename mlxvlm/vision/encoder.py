@@ -16,7 +16,7 @@ from ..errors import ConfigError, PictureError
 from ..grids import Views, by_key
 from ..images.picture import Features, Picture
 from .build import Tower
-from .patches import grid_of
+from .patches import PatchEmbedding, grid_of
 from .pooling import mean2
 
 # float16 is left out: activations of SigLIP's and CLIP's sort overflow it.
@@ -96,15 +96,28 @@ class Encoder:
             most = max(1, MOST_TOKENS // self._num_tokens(size))
             for at in range(0, len(same), most):
                 places = same[at : at + most]
-                features = self.run(self.normalise([views[i] for i in places]))
+                features = self.run(self._shipped([views[i] for i in places]))
                 tokens.update((i, features[row]) for row, i in enumerate(places))
         out, start = [], 0
         for picture in pictures:
             stop = start + len(picture.views)
             rows = [tokens[i] for i in range(start, stop)]
-            out.append(Features(rows, picture.grid, picture.size, picture.sha256))
+            features = Features(rows, picture.grid, picture.size, picture.sha256)
+            if self.tiling.varied:
+                shapes = (view.shape for view in views[start:stop])
+                features.grids = [grid_of(shape, self.config.patch_size) for shape in shapes]
+            out.append(features)
             start = stop
         return out
+
+    def _shipped(self, views: list[np.ndarray]) -> mx.array:
+        """Views of one size as the tower takes them: bytes where it normalises these itself."""
+        patches = self.vision.embeddings.patch_embedding
+        for view in views:
+            _check_view(view)
+        if isinstance(patches, PatchEmbedding) and all(v.dtype == np.uint8 for v in views):
+            return mx.array(np.stack(views))
+        return self.normalise(views)
 
     def normalise(self, views: list[np.ndarray]) -> mx.array:
         """[H, W, 3] views of one size -> [N, H, W, 3] in the encoder's dtype, order kept.
@@ -114,10 +127,7 @@ class Encoder:
         raw = [i for i, view in enumerate(views) if view.dtype == np.uint8]
         done = [i for i, view in enumerate(views) if np.issubdtype(view.dtype, np.floating)]
         for view in views:
-            if view.dtype != np.uint8 and not np.issubdtype(view.dtype, np.floating):
-                raise PictureError(f"views must be uint8 or float32, but one is {view.dtype}.")
-            if view.ndim != 3 or view.shape[2] != 3:
-                raise PictureError(f"views must be [H, W, 3], but one is {list(view.shape)}.")
+            _check_view(view)
         parts = []
         if raw:
             mean = mx.array(self.config.image_mean, dtype=mx.float32)
@@ -208,6 +218,13 @@ class Encoder:
         if self._digest is None or not same_arrays(self._digest[0], arrays):
             self._digest = (arrays, digest_of(used))
         return self._digest[1]
+
+
+def _check_view(view: np.ndarray) -> None:
+    if view.dtype != np.uint8 and not np.issubdtype(view.dtype, np.floating):
+        raise PictureError(f"views must be uint8 or float32, but one is {view.dtype}.")
+    if view.ndim != 3 or view.shape[2] != 3:
+        raise PictureError(f"views must be [H, W, 3], but one is {list(view.shape)}.")
 
 
 def digest_of(tensors: Iterable[tuple[str, mx.array]]) -> str:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from ..attention import attention
 from ..config import VisionConfig
 from ..errors import ConfigError
-from .blocks import MLP, layer_number
+from .blocks import MLP, DropPath, layer_number
 from .patches import PatchEmbedding
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
@@ -78,10 +78,11 @@ class InternVitLayer(nn.Module):
         self.norm2 = norm(D, eps=config.layer_norm_eps)
         self.mlp = MLP(D, config.intermediate_size, config.hidden_act)
         self.ls2 = mx.full((D,), LAYER_SCALE)
+        self.drop_path = DropPath()
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.ls1 * self.attn(self.norm1(x))
-        return x + self.ls2 * self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.ls1 * self.attn(self.norm1(x)))
+        return x + self.drop_path(self.ls2 * self.mlp(self.norm2(x)))
 
 
 class InternVitBlocks(nn.Module):

@@ -25,7 +25,7 @@ from mlxvlm.weights import peft
 from mlxvlm.weights.elsewhere import Elsewhere, Part
 from mlxvlm.weights.families import clip, llama
 from mlxvlm.weights.families.towers import preprocessing, tower_config, vision_config
-from mlxvlm.weights.folder import PICKLES, Checkpoint, only_pickles, weight_files
+from mlxvlm.weights.folder import OF_TRAINING, PICKLES, Checkpoint, only_pickles, weight_files
 
 # What config.json says is the language model's: the folders around it tell this layout.
 MODEL_TYPES = ()
@@ -141,7 +141,10 @@ def _refuse_pickles(folder: Path) -> None:
             names += sorted(
                 file.relative_to(folder).as_posix()
                 for file in files
-                if file.suffix in PICKLES and file.suffix != ".pth"  # XTuner's own checkpoints
+                # XTuner's own checkpoints are .pth, and none of the parts.
+                if file.suffix in PICKLES
+                and file.suffix != ".pth"
+                and not file.name.startswith(OF_TRAINING)
             )
     if names:
         raise only_pickles(folder, names)
