@@ -411,11 +411,11 @@ class PromptConfig:
         tiles as one map without the padding, each row closed by the projector's `image_newline`:
         LLaVA-NeXT, for "anyres" tiles), for "slices" "minicpm" (the overview, then the slices in
         rows, between tokens <image>, </image>, <slice>, </slice>: MiniCPM-V) or "uhd" (the slices
-        with commas between and newlines behind rows, then the overview: LLaVA-UHD), for "dynamic"
+        with commas between and newlines behind rows, then the overview: LLaVA-UHD), "rows" (a class
+        token, and rows of any number, each closed: EVE's, for "whole" pictures), or for "dynamic"
         and "cover" tiles as "flat" with MM1.5's position indicators: "separators" ("," between
         columns, a newline between rows, ":" before the whole) or "index" ("(k,i,j)" before each
-        view: the picture's number from 0, row and column from 1, both 0 of the whole), or "rows" (a
-        class token, and rows of any number, each closed: EVE's, for "whole" pictures).
+        view: the picture's number from 0, row and column from 1, both 0 of the whole).
     image_suffix: text between a picture and what follows it.
     system: default system message; empty means the layout's own (vicuna_v1 and internvl2_5 have
         one) or none.
@@ -516,6 +516,10 @@ class ModelConfig:
 
     def with_image_size(self, image_size: int) -> ModelConfig:
         """The same with views of another size; a projector with positions has one a token."""
+        if self.varied:
+            raise ConfigError(
+                f"{self.tiling.type!r} views have shapes of their own, and no one size to change."
+            )
         if image_size < self.vision.patch_size:
             raise ConfigError(
                 f"vision.image_size (={image_size}) must be at least vision.patch_size "

@@ -93,14 +93,16 @@ def join(
     raw = llama.language(mouth)
     # Any vocabulary has the comma and the newline between LLaVA-UHD's slices.
     merges = {"anyres": "spatial_unpad", "slices": "uhd", "whole": "rows"}
-    merge = view_marks or merges.get(tiles.type, "flat")
+    merge = merges.get(tiles.type, "flat")
     stored = dataclasses.replace(tower, vision_use_head=False)
     wide = dataclasses.replace(stored, image_size=image_size or stored.image_size)
+    if wide != stored and tiles.varied:
+        raise UsageError(f"{tiles.type!r} views have shapes of their own: leave --image-size out.")
     config = ModelConfig(
-        tiling=dataclasses.replace(tiles, image_size=wide.image_size),
+        tiling=dataclasses.replace(tiles, image_size=image_size) if wide != stored else tiles,
         vision=wide,
         projector=projector or usual,
-        prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=merge),
+        prompt=PromptConfig(layout=layout or layout_for(tokenizer), merge=view_marks or merge),
         language=raw,
         about=about,
         refusal=refusal,

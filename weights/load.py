@@ -258,10 +258,10 @@ def encoder_configs(
     if isinstance(tiling, TilingConfig):
         tiles = tiling
     elif tiling:
-        tiles = retiled(tiles, tiling, config.image_mean)
-        if "type" in tiling:
-            tiles.patch_size = config.patch_size
-            if tiling["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+        fields = dict(tiling)
+        if "type" in fields:
+            tiles = dataclasses.replace(tiles, patch_size=config.patch_size)
+            if fields["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
                 # A tower of one grid takes others with its positions resized.
                 rule = config.positions if config.takes_any_grid else "bicubic"
                 config = dataclasses.replace(config, positions=rule)
@@ -280,7 +280,8 @@ def retiled(
     """The same with some fields changed, of another type with none of its tiles."""
     own = dataclasses.asdict(tiles)
     if "type" in fields:  # of the encoder's own tiling, only what is not of tiles holds on
-        own = {name: own[name] for name in ("image_size", "resize", "resample", "background")}
+        kept = ("image_size", "patch_size", "resize", "resample", "background")
+        own = {name: own[name] for name in kept}
     padded = fields.get("resize") == "pad" or fields.get("type") == "centred"
     if padded and "background" not in fields:  # the encoder's mean colour
         own["background"] = TilingConfig().resized("pad", image_mean).background
