@@ -24,7 +24,6 @@ STAGES = {
     "continual": "sft",
     "qlora": "lora",
     "sft-projector": "sft",
-    "continual": "sft",
     "stage-1": "pretrain",
     "stage-1.5": "pretrain",
     "stage-2": "sft",

@@ -258,13 +258,13 @@ def encoder_configs(
     if isinstance(tiling, TilingConfig):
         tiles = tiling
     elif tiling:
-        fields = dict(tiling)
-        if "type" in fields:
+        if "type" in tiling:
             tiles = dataclasses.replace(tiles, patch_size=config.patch_size)
-            if fields["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
+            if tiling["type"] == "slices" and config.model_type in TAKE_ANY_GRID:
                 # A tower of one grid takes others with its positions resized.
                 rule = config.positions if config.takes_any_grid else "bicubic"
                 config = dataclasses.replace(config, positions=rule)
+        tiles = retiled(tiles, tiling, config.image_mean)
     if feature_layer is not None:
         config = dataclasses.replace(config, vision_feature_layer=feature_layer)
         last = config.num_layers_used == config.num_hidden_layers
