@@ -1,8 +1,8 @@
 """Pictures that are no drawn scenes, and what people ask about such.
 
-What the model is trained to refuse is `drawing._texture`. Nothing here is made like it: screenshots
-of text, line drawings, plotted curves, landscapes, woven patterns; and real photographs, whole and
-in parts, from folders that the caller names.
+What the model is trained to refuse is of the sorts in `textures`. Nothing here is made like those:
+screenshots of text, line drawings, plotted curves, landscapes, woven patterns; and real
+photographs, whole and in parts, from folders that the caller names.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ def strangers(photos: Iterable[Path]) -> dict[str, list[Any]]:
     return {
         **({"real photographs, whole and in parts": [image for _, image in real]} if real else {}),
         **{name: photographs.painted(name, PICTURES) for name in photographs.PAINTERS},
-        "blobs and grain, as in training": [next(textures) for _ in range(PICTURES)],
+        "of the sorts in training": [next(textures) for _ in range(PICTURES)],
     }
 
 
