@@ -165,8 +165,8 @@ def cache_embeddings(
         tiling={"resize": resize} if resize else None,
         report=lambda download: say(str(download)),
     )
-    # An encoder with its projector knows the whole model's choices.
-    if getattr(encoder.config, "vision", encoder.config).model_type == EVE:
+    eyes = encoder.choices.vision if at == "projector" else encoder.config
+    if eyes.model_type == EVE:
         encoder = _teacher_of(encoder, model, dtype, (at, pool, resize))
     jobs = distinct(sources, encoder.tiling, max_tiles)[:limit]
     del sources

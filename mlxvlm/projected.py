@@ -20,11 +20,11 @@ from .vision.encoder import Encoder, digest_of, tensors_of
 
 class ProjectedEncoder:
     """Looks as its encoder does, and encodes through the projector. tokens and width are of a view
-    as the language model takes it."""
+    as the language model takes it. choices: the whole model's."""
 
     def __init__(self, encoder: Encoder, projector: nn.Module, config: ModelConfig, width: int):
         self.encoder, self.projector = encoder, projector
-        self.config, self.tokens = config, config.tokens_per_view
+        self.choices, self.tokens = config, config.tokens_per_view
         self.tiling, self.width = encoder.tiling, width
 
     def look(
@@ -48,7 +48,7 @@ class ProjectedEncoder:
     def identity(self) -> dict[str, Any]:
         """The encoder's identity, the projector's choices, because heads or an adaptive pooling
         are in no tensor, and its tensors by name, shape, dtype and bytes."""
-        choice = dataclasses.asdict(self.config.projector)
+        choice = dataclasses.asdict(self.choices.projector)
         choices = {f"projector.{k}": v for k, v in choice.items()}
         projector = digest_of(tensors_of(self.projector))
         return {**self.encoder.identity(), "at": "projector", "projector": projector, **choices}

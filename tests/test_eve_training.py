@@ -100,7 +100,7 @@ def test_the_aligning_loss_follows_the_formulas(place, tmp_path, ratio):
     empty = np.ones(len(at), np.float32)
     batch = Batch(None, tokens, ["a", "b"], cuts, at, tokens[0][at + 1], empty)
     pixels = vlm.encoder.pixels(pictures)
-    totals = count([batch]) | {"align": 2.0}
+    totals = count([batch]) | {"teacher": 2.0}
     total, parts = batch_loss(vlm, batch, pixels, {}, totals, lesson=Lesson(features, 0.5))
 
     visual = vlm.project_views(vlm.encoder.run_all(pixels), cuts)
@@ -136,7 +136,7 @@ def test_the_aligning_loss_follows_the_formulas(place, tmp_path, ratio):
                 theirs = np.array(taught[number][0, 24 * top + left], np.float64)
                 cosines.append(found @ theirs / np.linalg.norm(found) / np.linalg.norm(theirs))
         wanted.append(1 - np.mean(cosines))
-    assert abs(parts["align"].item() - np.mean(wanted)) < 1e-5 and np.std(wanted) > 1e-3
+    assert abs(parts["teacher"].item() - np.mean(wanted)) < 1e-5 and np.std(wanted) > 1e-3
     words = parts["loss"].item() * totals["loss"]
     assert abs(total.item() - words - totals["loss"] * 0.5 * np.mean(wanted)) < 1e-3
 
@@ -175,7 +175,7 @@ def test_a_teacher_cached_is_a_teacher_at_hand(place, tmp_path):
     cached = {"teacher_cache": str(tmp_path / "cache"), "teacher": str(tmp_path / "gone")}
     train(place, tmp_path / "cached", **cached)
     ours, theirs = (lines(tmp_path / name) for name in ("cached", "plain"))
-    for name in ("loss", "align_loss"):
+    for name in ("loss", "teacher_loss"):
         pairs = [
             (one[name], two[name]) for one, two in zip(ours, theirs, strict=True) if name in one
         ]
@@ -188,7 +188,7 @@ def test_a_teacher_cached_is_a_teacher_at_hand(place, tmp_path):
 def test_stages_go_on_with_the_aligner_and_models_are_without_it(place, tmp_path):
     before = mlxvlm.load(place / "model")
     train(place, tmp_path / "one", iters=12)
-    first = [line["align_loss"] for line in lines(tmp_path / "one") if "align_loss" in line]
+    first = [line["teacher_loss"] for line in lines(tmp_path / "one") if "teacher_loss" in line]
     assert first[0] - first[-1] > 0.05  # it learns
     one = mlxvlm.load(tmp_path / "one")
     assert "aligner" not in one and one.config == before.config
@@ -203,10 +203,10 @@ def test_stages_go_on_with_the_aligner_and_models_are_without_it(place, tmp_path
     flags = {"model": str(tmp_path / "one"), "train": "projector,lm,vision"}
     train(place, tmp_path / "two", "sft", **flags)
     again = lines(tmp_path / "two")
-    assert [line["align_loss"] for line in again if "align_loss" in line][0] < first[0] - 0.05
+    assert [line["teacher_loss"] for line in again if "teacher_loss" in line][0] < first[0] - 0.05
     (tmp_path / "one" / "aligner.safetensors").unlink()
     train(place, tmp_path / "fresh", "sft", **flags)
-    fresh = [line["align_loss"] for line in lines(tmp_path / "fresh") if "align_loss" in line]
+    fresh = [line["teacher_loss"] for line in lines(tmp_path / "fresh") if "teacher_loss" in line]
     assert fresh[0] > first[-1] + 0.05
     asked = [{"role": "user", "content": "What?"}], [picture(1, 60)[:5]]
     assert mlxvlm.load(tmp_path / "two").generate(*asked, max_tokens=3).tokens
@@ -236,16 +236,16 @@ def test_packed_equals_one_by_one(place, tmp_path):
     packed = {"batching": "pack", "pack_length": 512, "pack_views": 0}
     train(place, tmp_path / "packed", **flags, **packed, grad_checkpoint=True)
     (one,), (two,) = lines(tmp_path / "rows"), lines(tmp_path / "packed")
-    for name in ("loss", "align_loss", "grad_norm"):
+    for name in ("loss", "teacher_loss", "grad_norm"):
         assert abs(one[name] - two[name]) < 1e-4 * abs(one[name])
 
 
 def test_a_teacher_can_be_done_without(place, tmp_path):
     train(place, tmp_path / "none", iters=1, teacher="none")
-    assert "align_loss" not in lines(tmp_path / "none")[0]
+    assert "teacher_loss" not in lines(tmp_path / "none")[0]
     assert not (tmp_path / "none" / "aligner.safetensors").exists()
     lora = train(place, tmp_path / "lora", "lora", iters=1, train="lora:lm")
-    assert lora.teacher is None and "align_loss" not in lines(tmp_path / "lora")[0]
+    assert lora.teacher is None and "teacher_loss" not in lines(tmp_path / "lora")[0]
 
 
 def test_teachers_that_cannot_be(place, tmp_path):
@@ -253,8 +253,8 @@ def test_teachers_that_cannot_be(place, tmp_path):
         Trainer(config(place, tmp_path, "lora", train="lora:vision"))
     with pytest.raises(UsageError, match="gives adapters"):
         Trainer(config(place, tmp_path, "lora", train="lora:lm", teacher=str(place / "teacher")))
-    with pytest.raises(UsageError, match="targets.align is what the teacher's part is called"):
-        config(place, tmp_path, targets={"align": {}})
+    with pytest.raises(UsageError, match="targets.teacher is what the teacher's part is called"):
+        config(place, tmp_path, targets={"teacher": {}})
     save(tiny_vlm(), tmp_path / "other")
     with pytest.raises(UsageError, match="which this one is not"):
         Trainer(config(place, tmp_path, model=str(tmp_path / "other"), teacher="a", train="lm"))

@@ -52,7 +52,7 @@ from .optimizer import Optimizer, clip, learning_rate
 from .parts import prepare_parts
 from .plot import draw
 from .rows import check_rows, feed_of, gather_rows, open_caches
-from .stages import ALIGN, TrainConfig, fingerprint
+from .stages import TEACHER, TrainConfig, fingerprint
 from .teacher import Teacher
 from .validation import Best, sample_answers
 
@@ -334,13 +334,13 @@ class Trainer:
         """What a step's losses are divided by, and its sizes: over all ranks."""
         totals = count(batches)
         if self.teacher:
-            totals[ALIGN] = float(sum(len(batch.cuts) for batch in batches))
+            totals[TEACHER] = float(sum(len(batch.cuts) for batch in batches))
         sizes = {
             "tokens": sum(batch.num_tokens for batch in batches),
             "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
             "rows": sum(batch.rows for batch in batches),
         }
-        names = ["loss", *sorted(self.config.targets), *([ALIGN] if self.teacher else [])]
+        names = ["loss", *sorted(self.config.targets), *([TEACHER] if self.teacher else [])]
         if self.ranks.size == 1:
             return {name: totals.get(name, 0.0) for name in names}, sizes
         stop = {"stop": float(self.interrupted.is_set())}

@@ -27,7 +27,7 @@ from ..language.packed import packed_caches
 from ..language.prefix import BranchCache, prefix_caches
 from ..model import VLM
 from .align import Lesson, PatchAligner, aligning_loss, places
-from .stages import ALIGN, AuxiliaryTarget
+from .stages import TEACHER, AuxiliaryTarget
 
 # logits made at once: 6 Mi values are 24 MB in float32.
 CHUNK = 6 * 1024 * 1024
@@ -167,8 +167,8 @@ def batch_loss(
         aligner: PatchAligner = vlm["aligner"]
         states = seen | {aligner.num_layers: hidden}
         found = places(batch, vlm.config)
-        parts[ALIGN] = aligning_loss(aligner, states, found, lesson.features) / totals[ALIGN]
-        total = total + totals["loss"] * lesson.weight * parts[ALIGN]
+        parts[TEACHER] = aligning_loss(aligner, states, found, lesson.features) / totals[TEACHER]
+        total = total + totals["loss"] * lesson.weight * parts[TEACHER]
     return total, parts
 
 

@@ -82,7 +82,7 @@ ADAPTER_FLAGS = (
 VISION_FLAGS = ("vision_learning_rate", "vision_drop_path")
 
 # What the teacher's part of the loss is called.
-ALIGN = "align"
+TEACHER = "teacher"
 
 # Published values: LLaVA-1.5's two stages and LoRA (Liu et al. 2023).
 STAGES: dict[str, dict[str, Any]] = {
@@ -273,8 +273,8 @@ class TrainConfig:
             raise UsageError(
                 f"--batching {self.batching} and --share-prefix do not go together; drop one."
             )
-        if ALIGN in self.targets:
-            raise UsageError(f"targets.{ALIGN} is what the teacher's part is called: rename it.")
+        if TEACHER in self.targets:
+            raise UsageError(f"targets.{TEACHER} is what the teacher's part is called: rename it.")
         if self.sources and self.data:
             raise UsageError("--data and [[sources]] both name rows; choose one.")
         if self.data or self.sources:

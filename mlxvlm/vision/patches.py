@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import VisionConfig
 from ..errors import PictureError
@@ -28,7 +29,8 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         D, P, C = config.hidden_size, config.patch_size, config.num_channels
         self.image_size = None if config.takes_any_grid else config.image_size
-        self.image_mean, self.image_std = config.image_mean, config.image_std
+        # No tuples: a module takes what is in them for its parameters.
+        self.image_mean, self.image_std = np.array(config.image_mean), np.array(config.image_std)
         bound = (P * P * C) ** -0.5
         self.weight = mx.random.uniform(-bound, bound, (D, P, P, C))
         if bias:
@@ -61,7 +63,7 @@ class PatchEmbedding(nn.Module):
 
     def _for_bytes(self) -> tuple[mx.array, mx.array]:
         """Float32 weight and bias for bytes u - MIDDLE instead of (u / 255 - mean) / std."""
-        mean, std = mx.array(self.image_mean), mx.array(self.image_std)
+        mean, std = (mx.array(x, dtype=mx.float32) for x in (self.image_mean, self.image_std))
         weight = self.weight.astype(mx.float32)
         bias = (weight * ((MIDDLE / 255 - mean) / std)).sum((1, 2, 3))
         if "bias" in self:
