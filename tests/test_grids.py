@@ -237,6 +237,7 @@ def test_losses_and_gradients_are_the_same_from_pixels_and_features(checkpointed
     for name, gradient in found["features"][1].items():
         if not name.startswith("vision."):
             # Bytes are normalised in the patches' weights, pixels before: other roundings.
-            assert mx.allclose(gradient, found["pixels"][1][name], rtol=1e-4, atol=1e-4), name
+            off = mx.abs(gradient - found["pixels"][1][name]).max().item()
+            assert off < 1e-4 * max(1, mx.abs(gradient).max().item()), name
     table = found["pixels"][1]["vision.embeddings.position_embedding.weight"]
     assert mx.abs(table).max().item() > 1e-5

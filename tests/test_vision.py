@@ -349,7 +349,7 @@ def test_bytes_are_normalised_by_the_patch_weights(bias):
     )
     truth = patches(pixels)
     found = patches(raw)
-    assert found.dtype == mx.float32 and mx.abs(found - truth).max().item() < 2e-6
+    assert found.dtype == mx.float32 and mx.abs(found - truth).max().item() < 5e-6
     patches.set_dtype(mx.bfloat16)
     half = patches(raw)
     rounded = patches(pixels.astype(mx.bfloat16))
