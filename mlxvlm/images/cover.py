@@ -51,10 +51,7 @@ def cut(
 def plan(size: Size, tiling: TilingConfig, max_tiles: int | None) -> Cut:
     """How a picture of (width, height) is cut, the view of the whole among its views."""
     grid = choose_grid(size, tiling, max_tiles)
-    if grid in (None, (1, 1)):
-        return Cut(1, (1, 1), size)
-    columns, rows = grid
-    return Cut(columns * rows + tiling.use_thumbnail, (rows, columns), size)
+    return Cut.into(None if grid == (1, 1) else grid, size, tiling.use_thumbnail)
 
 
 def choose_grid(

@@ -19,6 +19,16 @@ class Cut(NamedTuple):
     grid: tuple[int, int] = (1, 1)
     size: tuple[int, int] | None = None
 
+    @classmethod
+    def into(
+        cls, grid: tuple[int, int] | None, size: tuple[int, int], with_whole: bool = True
+    ) -> Cut:
+        """Into (columns, rows) of tiles, and a view of the whole; None: that alone."""
+        if grid is None:
+            return cls(1, (1, 1), size)
+        columns, rows = grid
+        return cls(columns * rows + with_whole, (rows, columns), size)
+
 
 @dataclass
 class Picture:

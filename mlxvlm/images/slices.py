@@ -46,11 +46,7 @@ def cut(
 
 def plan(size: Size, tiling: TilingConfig, max_tiles: int | None) -> Cut:
     """How a picture of (width, height) is cut, the overview among its views."""
-    grid = choose_grid(size, tiling, max_tiles)
-    if grid is None:
-        return Cut(1, (1, 1), size)
-    columns, rows = grid
-    return Cut(1 + columns * rows, (rows, columns), size)
+    return Cut.into(choose_grid(size, tiling, max_tiles), size)
 
 
 def choose_grid(

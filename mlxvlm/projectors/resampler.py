@@ -19,18 +19,15 @@ from ..errors import ConfigError
 from .pool import Pool
 
 
-class Resampler(nn.Module):
-    """[N, T, Dv] -> [N, num_query_tokens, Dl]; a view is a row, so views never see each other.
+class Queries(nn.Module):
+    """What resamplers are made of: kv_proj (where widths differ) and ln_kv for the patches, ln_q's
+    queries, attn, ln_post, and a matrix `proj` from the right."""
 
-    pool, kv_proj and ln_kv; ln_q's queries attend; ln_post, and a matrix `proj` from the right.
-    """
-
-    def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
+    def __init__(self, config: ProjectorConfig, channels: int, language_width: int):
         super().__init__()
         width = config.hidden_size or language_width
         heads = heads_of(config, width)
-        self.pool = Pool(config.pool, grid)
-        channels, eps = vision_width * self.pool.factor, config.layer_norm_eps
+        eps = config.layer_norm_eps
         self.query = small(config.num_query_tokens, width)
         if channels != width:
             self.kv_proj = nn.Linear(channels, width, bias=False)
@@ -42,6 +39,19 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(width, eps=eps)
         self.ln_post = nn.LayerNorm(width, eps=eps)
         self.proj = mx.random.normal((width, language_width), scale=width**-0.5)
+
+    def seen(self, x: mx.array) -> mx.array:
+        """[N, T, channels] -> [N, T, width]: what the queries look at."""
+        return self.ln_kv(self.kv_proj(x) if "kv_proj" in self else x)
+
+
+class Resampler(Queries):
+    """[N, T, Dv] -> [N, num_query_tokens, Dl]; a view is a row, so views never see each other."""
+
+    def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
+        pool = Pool(config.pool, grid)
+        super().__init__(config, vision_width * pool.factor, language_width)
+        self.pool = pool
 
     def __call__(self, x: mx.array, sizes: Sequence[tuple[int, int]] | None = None) -> mx.array:
         """sizes: (rows, columns) of each view's patches, which come first among its T tokens; by
@@ -57,9 +67,7 @@ class Resampler(nn.Module):
             raise ConfigError(
                 f"the projector takes views of {grids} tokens, but the features have {T} a view."
             )
-        if "kv_proj" in self:
-            x = self.kv_proj(x)
-        values = self.ln_kv(x)
+        values = self.seen(x)
         keys = values + self._places(sizes, different, T).astype(values.dtype)
         mask = None
         if len(different) > 1:

@@ -16,45 +16,28 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from ..attention import PackedAttention
 from ..config import ProjectorConfig
 from ..errors import ConfigError
 from ..vision.positions import place
-from .resampler import heads_of, sincos, small
+from .resampler import Queries, sincos
 
 # Points that a window is sampled at, (across, down); the first of equals.
 WINDOWS = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
 
 
-class SpatialResampler(nn.Module):
+class SpatialResampler(Queries):
     """[N, T, Dv] -> [N, num_query_tokens, Dl]; views of one grid.
 
-    kv_proj and ln_kv; keys carry `pos_embed` resized to the view's grid, and ln_q's queries carry
-    it as it is; ln_post, and a matrix `proj` from the right.
+    Keys carry `pos_embed` resized to the view's grid, and ln_q's queries carry it as it is.
     """
 
     def __init__(self, config: ProjectorConfig, vision_width: int, language_width: int, grid: int):
-        super().__init__()
-        width = config.hidden_size or language_width
-        heads = heads_of(config, width)
-        eps = config.layer_norm_eps
+        super().__init__(config, vision_width, language_width)
         self.grid = grid
         self.side = math.isqrt(config.num_query_tokens)
-        self.query = small(config.num_query_tokens, width)
-        self.pos_embed = mx.array(sincos(self.side, self.side, width))
-        if vision_width != width:
-            self.kv_proj = nn.Linear(vision_width, width, bias=False)
-            self.kv_proj.weight = small(width, vision_width)
-        self.attn = PackedAttention(width, heads)
-        self.attn.out_proj.weight = small(width, width)
-        self.attn.out_proj.bias = mx.zeros((width,))
-        self.ln_q = nn.LayerNorm(width, eps=eps)
-        self.ln_kv = nn.LayerNorm(width, eps=eps)
-        self.ln_post = nn.LayerNorm(width, eps=eps)
-        self.proj = mx.random.normal((width, language_width), scale=width**-0.5)
+        self.pos_embed = mx.array(sincos(self.side, self.side, self.query.shape[1]))
 
     def __call__(self, x: mx.array, sizes: Sequence[tuple[int, int]] | None = None) -> mx.array:
         """sizes: (rows, columns) of each view's patches; by default the encoder's square grid."""
@@ -65,9 +48,7 @@ class SpatialResampler(nn.Module):
                 f"the projector takes views of one grid, {grid[0]} x {grid[1]} tokens, but the "
                 f"features have {T} a view."
             )
-        if "kv_proj" in self:
-            x = self.kv_proj(x)
-        x = self.ln_kv(x)
+        x = self.seen(x)
         places = place(self.pos_embed, "bicubic", grid)[None]
         values = self._windows(x, grid)
         # A window of a sum is the sum of the windows.
