@@ -100,6 +100,7 @@ def _shown(lasts: Sequence[float], count: int) -> list[int]:
 def _video(file: Any, name: str, count: int, max_pixels: int) -> list[Image.Image]:
     try:
         import av  # type: ignore[import-not-found]
+        from av.error import FFmpegError  # type: ignore[import-not-found]
     except ImportError:
         raise PictureError(
             f"{name} is a video file, and reading those takes PyAV: pip install 'mlxvlm[video]'. "
@@ -121,7 +122,7 @@ def _video(file: Any, name: str, count: int, max_pixels: int) -> list[Image.Imag
                     found[frame.pts] = _upright(frame)
     except PictureError:
         raise
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise PictureError(
             f"{name} is a video that is cut short or damaged ({error}): get it again from its "
             "source."
